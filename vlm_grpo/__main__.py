@@ -1,0 +1,5 @@
+"""``python -m vlm_grpo`` is ``vlm-grpo``."""
+
+from .cli import main
+
+main()

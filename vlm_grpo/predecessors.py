@@ -1,0 +1,156 @@
+"""Option names of the projects this one replaces: each becomes one of ours, or is explained in one line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Predecessor:
+    """What one foreign option name means here."""
+
+    to: str | None = None  # our key, dotted; None: there is none
+    say: str = ""  # the note's (or the refusal's) reason
+    convert: Callable[[Any], Any] | None = None
+    harmless: tuple[Any, ...] | None = None  # without `to`: values that may be left out; None: any value
+
+
+def _switch(value: Any) -> Any:
+    return {} if _is_true(value) else None
+
+
+def _is_true(value: Any) -> bool:
+    return value is True or str(value).lower() in {"true", "1", "yes", "on"}
+
+
+def _split_names(value: Any) -> Any:
+    """``"accuracy format"`` and ``"q_proj,v_proj"`` as lists; one word stays one word."""
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
+
+
+def _to(key: str, say: str = "", convert: Callable[[Any], Any] | None = None) -> Predecessor:
+    return Predecessor(to=key, say=say, convert=convert)
+
+
+def _left_out(say: str) -> Predecessor:
+    return Predecessor(say=say)
+
+
+def _refused(say: str, *harmless: Any) -> Predecessor:
+    return Predecessor(say=say, harmless=(None, False, *harmless))
+
+
+_LORA_ONLY = "adapters are trained there; the tower's own weights stay frozen"
+_PIXELS = (
+    "image size limits per run are not available in this version; resize the images of the dataset, "
+    "or set the limits in the model's preprocessor_config.json"
+)
+_FOLDER = "media paths are relative to the data file; write them so, or in full, in the rows"
+_VIDEO = "video is not available in this version"
+_ONE_RATE = "one learning rate serves every trained part in this version; give train.learning_rate"
+
+PREDECESSORS: dict[str, Predecessor] = {
+    # GRPO for Unsloth VLMs
+    "finetune_vision_layers": _to("lora.vision"),
+    "finetune_language_layers": _to("lora.language"),
+    "finetune_attention_modules": _to("lora.attention"),
+    "finetune_mlp_modules": _to("lora.mlp"),
+    "use_gradient_checkpointing": _to("train.gradient_checkpointing", convert=lambda v: v == "unsloth" or _is_true(v)),
+    "max_prompt_length": _left_out("prompts are never cut, since a cut prompt loses media"),
+    # GRPO for Qwen-VL video understanding
+    "grpo_alpha": _left_out("the project that had it never used it; weigh rewards under rewards:, the KL term by beta"),
+    "grpo_sample_size": _to("train.num_generations"),
+    "grpo_sample_num": _to("train.num_generations"),
+    "grpo_beta": _to("train.beta"),
+    "tune_mm_llm": _to("lora.language", _LORA_ONLY),
+    "tune_mm_vision": _to("lora.vision", _LORA_ONLY),
+    "tune_mm_mlp": _refused("the projector has no switch of its own; name its layers in lora.targets"),
+    "mm_projector_lr": _refused(_ONE_RATE),
+    "vision_tower_lr": _refused(_ONE_RATE),
+    "data_path": _to("data.train"),
+    "eval_data_path": _to("data.eval"),
+    "image_folder": _refused(_FOLDER),
+    "video_folder": _refused(f"{_VIDEO}; {_FOLDER}"),
+    "min_frames": _refused(_VIDEO),
+    "max_frames": _refused(_VIDEO),
+    "base_interval": _refused(_VIDEO),
+    "model_max_length": _to("max_seq_length", "it sizes the context and never cuts a prompt"),
+    # R1-Omni and Hugging Face scripts
+    "model_name_or_path": _to("model"),
+    "dataset_name": _to("data.train"),
+    "dataset_train_split": _to("data.split"),
+    "dataset_test_split": _to("data.eval_split"),
+    "output_dir": _to("output"),
+    "reward_funcs": _to("rewards", convert=_split_names),
+    "min_pixels": _refused(_PIXELS),
+    "max_pixels": _refused(_PIXELS),
+    "torch_dtype": _to("dtype", convert=lambda v: str(v).removeprefix("torch.")),
+    "use_peft": _to("lora", convert=_switch),
+    "lora_r": _to("lora.r"),
+    "lora_alpha": _to("lora.alpha"),
+    "lora_dropout": _to("lora.dropout"),
+    "lora_target_modules": _to("lora.targets", convert=_split_names),
+    "load_in_8bit": _refused("there is no 8-bit loading; use load_in_4bit"),
+    "resume_from_checkpoint": _refused(
+        "the same command again resumes by itself; for one checkpoint give --resume-from-checkpoint PATH"
+    ),
+    # Qwen2-Audio PPO & GRPO
+    "dataset": _to("data.train"),
+    "eval_dataset": _to("data.eval"),
+    "max_samples": _to("data.limit"),
+    "lora_rank": _to("lora.r"),
+    "lora_target": _to("lora.targets", convert=lambda v: None if v == "all" else _split_names(v)),
+    "cutoff_len": _to("max_seq_length", "it sizes the context and never cuts a prompt"),
+    "image_min_pixels": _refused(_PIXELS),
+    "image_max_pixels": _refused(_PIXELS),
+    "quantization_bit": _to("load_in_4bit", "4 is the only bit width", convert=lambda v: str(v) == "4"),
+    "freeze_vision_tower": _to("lora.vision", convert=lambda v: not _is_true(v)),
+    "freeze_language_model": _to("lora.language", convert=lambda v: not _is_true(v)),
+    "freeze_multi_modal_projector": _left_out("the projector is frozen unless lora.targets names its layers"),
+}
+
+
+def translate(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+    """``layer`` with foreign names, at the top or under ``train``, replaced by ours; appends a line each to ``notes``.
+
+    Raises:
+        ConfigError: an option that would change the result and does not exist here, or one given under two names.
+    """
+    out = {key: value for key, value in layer.items() if key not in PREDECESSORS}
+    foreign = [(key, key, layer[key]) for key in layer if key in PREDECESSORS]
+    train = out.get("train")
+    if isinstance(train, dict):
+        foreign += [(f"train.{key}", key, train[key]) for key in train if key in PREDECESSORS]
+        out["train"] = {key: value for key, value in train.items() if key not in PREDECESSORS}
+    for written, name, value in foreign:
+        entry = PREDECESSORS[name]
+        if entry.to is None:
+            if entry.harmless is not None and value not in entry.harmless:
+                raise ConfigError(f"{source}: {written}={value}: {entry.say}.")
+            notes.append(f"{written} is left out: {entry.say}.")
+            continue
+        _place(out, entry.to, entry.convert(value) if entry.convert else value, f"{source}: {written}")
+        notes.append(f"{written} is {entry.to} here{': ' + entry.say if entry.say else ''}.")
+    return out
+
+
+def _place(out: dict[str, Any], key: str, value: Any, written: str) -> None:
+    """Set ``key`` unless it already holds something else."""
+    parent, _, last = key.rpartition(".")
+    if parent:
+        section = out.get(parent, {})
+        if parent == "data" and isinstance(section, str):
+            section = {"train": section}
+        if (parent == "lora" and section is True) or (parent != "lora" and section is None):
+            section = {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"{written} sets {key}, but {parent} is {section}. Keep one of them.")
+        out[parent] = dict(section)
+        out = out[parent]
+    if last in out and out[last] != value and not (value == {} and (out[last] is True or isinstance(out[last], dict))):
+        raise ConfigError(f"{written}={value} and {key}={out[last]} are both given. Keep one of them.")
+    if not (last in out and value == {}):
+        out[last] = value
