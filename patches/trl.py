@@ -1,0 +1,117 @@
+"""TRL: its own classes in any import order, and log-probabilities on devices its Triton kernel does not know."""
+
+import importlib
+import importlib.util
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..losses import chunked_logps
+from .ledger import Patch
+
+_LOCK = threading.RLock()
+
+
+def own_grpo_trainer() -> type:
+    """TRL's own ``GRPOTrainer``, also after another library has replaced ``trl.GRPOTrainer`` by its own."""
+    return _own_class("grpo_trainer", "GRPOTrainer")
+
+
+def own_grpo_config() -> type:
+    """TRL's own ``GRPOConfig``, also after another library has replaced ``trl.GRPOConfig`` by its own."""
+    return _own_class("grpo_config", "GRPOConfig")
+
+
+def _own_class(module_name: str, class_name: str) -> type:
+    live = importlib.import_module(f"trl.trainer.{module_name}")
+    for candidate in getattr(live, class_name).__mro__:
+        if candidate.__name__ == class_name and _is_defined_in(candidate, live):
+            return candidate
+    # The name was rebound, not the source file: run that file once more under a private name.
+    return getattr(_private_copy(live), class_name)
+
+
+def _is_defined_in(candidate: type, module: ModuleType) -> bool:
+    """By the file of its code: ``__module__`` is a label that a generated class may copy."""
+    functions = [value for value in vars(candidate).values() if hasattr(value, "__code__")]
+    return any(function.__code__.co_filename == module.__file__ for function in functions)
+
+
+def _private_copy(live: ModuleType) -> ModuleType:
+    name = live.__name__.replace("trl.trainer.", "trl.trainer._vlm_grpo_own_")
+    with _LOCK:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, live.__file__)
+            assert spec is not None and spec.loader is not None, f"{live.__name__} has no source file"
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
+
+
+class _LogProbs:
+    """TRL's kernel where Triton runs it, plain torch elsewhere; the same call either way."""
+
+    kernel: Any = None  # what TRL had before
+
+    @classmethod
+    def apply(cls, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        if cls.kernel is not None and hidden.is_cuda:
+            return cls.kernel.apply(hidden, *args, **kwargs)
+        return chunked_logps(hidden, *args, **kwargs)
+
+
+def _utils() -> Any:
+    utils = importlib.import_module("trl.trainer.utils")
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        raise RuntimeError(
+            "trl.trainer.utils has no _ChunkedLogProbFunction any more: this TRL is outside the tested window. "
+            "Install trl 1.15."
+        )
+    return utils
+
+
+def _cpu_log_probs_fail() -> bool:
+    """Asks TRL's kernel for one log-probability on the CPU."""
+    kernel = _utils()._ChunkedLogProbFunction
+    if kernel is None:
+        return True
+    try:
+        kernel.apply(torch.ones(1, 2), torch.ones(3, 2), None, torch.zeros(1, dtype=torch.long), 1.0, 1, None, 1.0, ())
+    except Exception:  # whatever Triton raises without a driver: the question is only whether it works
+        return True
+    return False
+
+
+def _dispatch_log_probs() -> None:
+    utils = _utils()
+    with _LOCK:
+        if utils._ChunkedLogProbFunction is not _LogProbs:
+            _LogProbs.kernel = utils._ChunkedLogProbFunction
+            utils._ChunkedLogProbFunction = _LogProbs
+
+
+def _restore_log_probs() -> None:
+    utils = _utils()
+    with _LOCK:
+        if utils._ChunkedLogProbFunction is _LogProbs:
+            utils._ChunkedLogProbFunction = _LogProbs.kernel
+
+
+LOG_PROBS = Patch(
+    name="trl-log-probs-without-triton",
+    why="TRL computes log-probabilities by a Triton kernel only, so on a CPU it cannot compute a loss.",
+    reference="trl.trainer.utils._ChunkedLogProbFunction (TRL 1.15)",
+    remove_when="TRL's fused head has a plain torch path.",
+    probe=_cpu_log_probs_fail,
+    apply=_dispatch_log_probs,
+    undo=_restore_log_probs,
+)
+PATCHES = [LOG_PROBS]

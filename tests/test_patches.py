@@ -1,0 +1,407 @@
+"""The ledger as a whole, then each patch; Unsloth's on functions that behave as its releases did, and on the real."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from vlm_grpo.errors import UnsupportedError
+from vlm_grpo.patches import bitsandbytes as bnb_patch
+from vlm_grpo.patches import ledger
+from vlm_grpo.patches import unsloth as unsloth_patch
+from vlm_grpo.patches.unsloth import apply_unsloth_patch, undo_unsloth_patch
+
+README = Path(ledger.__file__).parent / "README.md"
+RECORDS = ledger.patches()
+
+
+# ---- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_in_the_readme_is_the_ledger():
+    assert ledger.table() in README.read_text(encoding="utf-8"), "python -m vlm_grpo.patches.ledger prints the table"
+    names = [patch.name for _, patch in RECORDS]
+    assert len(set(names)) == len(names) >= 3
+    assert {file for file, _ in RECORDS} == {path.name for path in README.parent.glob("[!_]*.py")} - {"ledger.py"}
+
+
+@pytest.mark.parametrize("patch", [patch for _, patch in RECORDS], ids=lambda patch: patch.name)
+def test_a_record_is_complete_and_its_patch_heals_what_its_probe_finds(patch):
+    assert all(len(text) > 10 for text in (patch.name, patch.why, patch.reference, patch.remove_when))
+    assert "\n" not in patch.why + patch.reference + patch.remove_when
+    now = patch.probe()
+    patch.undo()
+    if patch.probe() is None:
+        pytest.skip("cannot be tried on this machine")
+    if not patch.probe():
+        pytest.skip("the installed library does not show the fault here")
+    try:
+        assert patch.ensure() is True and patch.probe() is False
+        assert patch.ensure() is False  # healed: nothing to do
+        patch.apply()
+        assert patch.probe() is False
+        patch.undo()
+        assert patch.probe() is True  # once is enough, also after two calls of apply
+        patch.undo()
+        assert patch.probe() is True
+    finally:
+        if now is False:
+            patch.apply()
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_packing_flag_is_restored_by_undo():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    patch = bnb_patch.CPU_PACKING
+    patch.undo()
+    before = bitsandbytes.nn.Linear4bit(64, 64)
+    own = before.support_avx512bf16_for_cpu
+    try:
+        patch.apply()
+        during = bitsandbytes.nn.Linear4bit(64, 64)
+        assert before.support_avx512bf16_for_cpu is False and during.support_avx512bf16_for_cpu is False
+    finally:
+        patch.undo()
+    assert before.support_avx512bf16_for_cpu == during.support_avx512bf16_for_cpu == own
+    patch.ensure()
+
+
+def test_the_packing_patch_raises_when_its_target_is_gone(monkeypatch):
+    monkeypatch.setattr(bnb_patch, "_linear4bit", lambda: nn.Linear)
+    with pytest.raises(RuntimeError, match="has no support_avx512bf16_for_cpu any more"):
+        bnb_patch.CPU_PACKING.apply()
+
+
+# ---- Unsloth: functions that behave as its releases did --------------------------------------------------------------
+
+
+def _function(knows: tuple[str, ...], every_tower: bool, containers: bool = False):
+    """A stand-in for ``requires_grad_for_gradient_checkpointing``: which outputs and towers it knows."""
+
+    def requires_grad_for_gradient_checkpointing(model):
+        def requires_grad_post_hook(module, inputs, output):
+            target = output if isinstance(output, torch.Tensor) else None
+            for name in knows:
+                target = target if target is not None else getattr(output, name, None)
+            if target is None and containers:
+                target = next(iter(output.values() if isinstance(output, dict) else output))
+            if target is None:
+                raise RuntimeError("Failed to make output require gradients")
+            target.requires_grad_(True)
+
+        for module in model.modules():  # as the releases do: hooks from an earlier call go by their name
+            kept = [h for h in module._forward_hooks.values() if "requires_grad_post_hook" not in h.__qualname__]
+            module._forward_hooks.clear()
+            for hook in kept:
+                module.register_forward_hook(hook)
+        children = [c for c in model.children() if any(p.requires_grad for p in c.parameters())]
+        for child in children if every_tower else children[:1]:
+            getter = getattr(child, "get_input_embeddings", lambda child=child: child)
+            getter().register_forward_hook(requires_grad_post_hook)
+
+    return requires_grad_for_gradient_checkpointing
+
+
+RELEASES = {
+    "zoo 2025.6.2": (_function(("loss",), False), True),
+    "zoo 2025.6.3": (_function(("loss", "logits"), False), True),
+    "zoo 2026.6.1": (_function(("loss", "logits", "last_hidden_state"), True), True),
+    "a release without the fault": (_function(("loss", "logits", "last_hidden_state"), True, True), False),
+}
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """``install(function)`` puts modules in place that hold it as Unsloth's do."""
+
+    def put(function):
+        zoo, vision = ModuleType("unsloth_zoo.peft_utils"), ModuleType("unsloth.models.vision")
+        for module in (zoo, vision):
+            module.requires_grad_for_gradient_checkpointing = function  # pyright: ignore[reportAttributeAccessIssue]
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        return zoo, vision
+
+    yield put
+    undo_unsloth_patch()
+
+
+class Tower(nn.Module):
+    """A frozen embedding, two frozen layers with a trained adapter each, reentrant checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4).requires_grad_(False)
+        self.layers = nn.ModuleList([nn.ModuleDict({"base": nn.Linear(4, 4), "lora": nn.Linear(4, 4)}) for _ in "ab"])
+        for layer in self.layers:
+            layer["base"].requires_grad_(False)  # pyright: ignore[reportIndexIssue]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = checkpoint(lambda x, layer=layer: layer["base"](x) + layer["lora"](x), hidden, use_reentrant=True)
+        return hidden
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.language = Tower(), Tower()
+
+    def forward(self, ids):
+        return CausalLMOutput(logits=self.vision(ids) * self.language(ids))  # pyright: ignore[reportArgumentType]
+
+
+def trained_adapters(function) -> int:
+    torch.manual_seed(0)
+    model = TwoTowers()
+    function(model)
+    model(torch.tensor([[1, 2]])).logits.sum().backward()
+    return sum(p.grad is not None and bool(p.grad.abs().sum()) for n, p in model.named_parameters() if "lora.w" in n)
+
+
+# covers U3, U4
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("function", "needed"), RELEASES.values(), ids=list(RELEASES))
+def test_unsloth_patch_is_applied_where_the_behaviour_needs_it(function, needed, install):
+    zoo, vision = install(function)
+    report = apply_unsloth_patch()
+    assert (report.applied, report.needed) == (needed, needed)
+    assert trained_adapters(zoo.requires_grad_for_gradient_checkpointing) == 4
+    if not needed:
+        assert zoo.requires_grad_for_gradient_checkpointing is function
+        assert str(report).startswith("Unsloth patch: not applied, because every adapter gets its gradient")
+        return
+    wrapped = zoo.requires_grad_for_gradient_checkpointing
+    assert wrapped is vision.requires_grad_for_gradient_checkpointing is not function
+    assert wrapped.__qualname__ == function.__qualname__
+    places = ("unsloth.models.vision", "unsloth_zoo.peft_utils")
+    assert report.patched == tuple(f"{place}.requires_grad_for_gradient_checkpointing" for place in places)
+
+    again = apply_unsloth_patch()
+    assert zoo.requires_grad_for_gradient_checkpointing is wrapped
+    assert (again.applied, again.patched, again.reason) == (True, report.patched, "it is already in place")
+    undo_unsloth_patch()
+    undo_unsloth_patch()
+    assert zoo.requires_grad_for_gradient_checkpointing is vision.requires_grad_for_gradient_checkpointing is function
+
+
+# covers U4
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_without_the_patch_adapters_of_the_second_tower_stay_untrained(install):
+    function, _ = RELEASES["zoo 2025.6.3"]
+    assert trained_adapters(function) == 2  # the fault, silent
+    install(function)
+    report = apply_unsloth_patch()
+    assert "2 of 4 adapters under checkpointing get a gradient" in report.reason
+    assert re.fullmatch(r"Unsloth patch: applied to \S+ and \S+, because without it .+ \(.+\)\.", str(report))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        CausalLMOutput(logits=torch.zeros(1, 2)),  # pyright: ignore[reportArgumentType]
+        BaseModelOutput(last_hidden_state=torch.zeros(1, 2)),  # pyright: ignore[reportArgumentType]
+        (torch.zeros(1, dtype=torch.long), torch.zeros(1, 2)),
+        {"ids": torch.zeros(1, dtype=torch.long), "logits": torch.zeros(1, 2)},
+        torch.zeros(1, 2),
+    ],
+    ids=["logits", "last_hidden_state", "tuple", "dict", "tensor"],
+)
+def test_patched_hook_marks_the_float_output_of_any_forward(install, output):
+    zoo, _ = install(RELEASES["zoo 2025.6.2"][0])
+    apply_unsloth_patch()
+    inner = nn.Linear(2, 2)
+    inner.forward = lambda: output  # pyright: ignore[reportAttributeAccessIssue]
+    zoo.requires_grad_for_gradient_checkpointing(nn.Sequential(inner))
+    tensors = [output] if isinstance(output, torch.Tensor) else list(getattr(output, "values", lambda: output)())
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    with torch.no_grad():
+        inner()
+    assert not any(tensor.requires_grad for tensor in tensors)  # a rollout records nothing
+    inner()
+    assert [tensor.requires_grad for tensor in tensors] == [tensor.is_floating_point() for tensor in tensors]
+
+
+def test_patched_hook_still_raises_where_there_is_nothing_to_mark(install):
+    zoo, _ = install(RELEASES["zoo 2025.6.2"][0])
+    apply_unsloth_patch()
+    inner = nn.Linear(2, 2)
+    inner.forward = lambda: ("no", "tensor")  # pyright: ignore[reportAttributeAccessIssue]
+    zoo.requires_grad_for_gradient_checkpointing(nn.Sequential(inner))
+    with pytest.raises(RuntimeError, match="Failed to make output require gradients"):
+        inner()
+
+
+def test_hooking_a_model_twice_leaves_one_hook(install):
+    zoo, _ = install(RELEASES["zoo 2026.6.1"][0])
+    apply_unsloth_patch()
+    model = TwoTowers()
+    for _ in range(3):
+        zoo.requires_grad_for_gradient_checkpointing(model)
+    assert [len(m._forward_hooks) for m in model.modules() if m._forward_hooks] == [1, 1]
+    frozen = TwoTowers()
+    frozen.vision.requires_grad_(False)
+    zoo.requires_grad_for_gradient_checkpointing(frozen)
+    assert not frozen.vision.embed._forward_hooks  # a frozen tower needs no backward pass through it
+
+
+def test_unsloth_patch_from_many_threads_wraps_once(install):
+    zoo, _ = install(RELEASES["zoo 2025.6.2"][0])
+    threads = [threading.Thread(target=apply_unsloth_patch) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    undo_unsloth_patch()
+    assert zoo.requires_grad_for_gradient_checkpointing is RELEASES["zoo 2025.6.2"][0]
+
+
+def test_unsloth_patch_reaches_modules_that_are_imported_later(install, monkeypatch):
+    function, _ = RELEASES["zoo 2025.6.2"]
+    zoo, _ = install(function)
+    apply_unsloth_patch()
+    late = SimpleNamespace(__name__="unsloth.late", requires_grad_for_gradient_checkpointing=function)
+    monkeypatch.setitem(sys.modules, "unsloth.late", late)
+    assert "unsloth.late.requires_grad_for_gradient_checkpointing" in apply_unsloth_patch().patched
+    assert late.requires_grad_for_gradient_checkpointing is zoo.requires_grad_for_gradient_checkpointing
+
+
+def test_unsloth_patch_raises_when_its_target_is_gone(install):
+    zoo, _ = install(RELEASES["zoo 2025.6.2"][0])
+    del zoo.requires_grad_for_gradient_checkpointing
+    with pytest.raises(UnsupportedError, match="has no requires_grad_for_gradient_checkpointing any more"):
+        apply_unsloth_patch()
+
+
+# ---- Unsloth: this machine -------------------------------------------------------------------------------------------
+
+
+# covers U3
+def test_without_unsloth_the_report_says_so(monkeypatch):
+    real = importlib.util.find_spec
+    absent = lambda name, *rest: None if name.startswith("unsloth") else real(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    report = apply_unsloth_patch()
+    assert (report.applied, report.needed, report.patched) == (False, False, ())
+    assert str(report).startswith("Unsloth patch: not applied, because Unsloth is not installed")
+
+
+# covers U3
+def test_without_a_gpu_nothing_is_imported_or_changed(monkeypatch):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("UNSLOTH_ALLOW_CPU", raising=False)
+    modules, environment = set(sys.modules), dict(os.environ)
+    report = apply_unsloth_patch()
+    assert str(report).startswith(
+        "Unsloth patch: not applied, because there is no CUDA device, which Unsloth needs (uns"
+    )
+    assert set(sys.modules) == modules and dict(os.environ) == environment
+    undo_unsloth_patch()
+
+
+def test_an_unsloth_that_cannot_be_imported_is_reported(monkeypatch):
+    monkeypatch.setattr(unsloth_patch, "why_not_unsloth", lambda: "")
+    for error in (NotImplementedError("no accelerator\nsecond line"), ImportError("no triton"), RuntimeError("odd")):
+
+        def fails(name, error=error):
+            raise error
+
+        monkeypatch.setattr(unsloth_patch.importlib, "import_module", fails)
+        assert apply_unsloth_patch().reason == f"Unsloth cannot be imported here ({str(error).splitlines()[0]})"
+
+
+# The real stack: Unsloth lets driverless machines in by its own switch, and asks for one device's properties.
+REAL = """
+    import json, sys, types
+    import torch
+    card = dict(name="none", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1, warp_size=32)
+    card |= dict(max_threads_per_multi_processor=2048, gcnArchName="", shared_memory_per_block_optin=101376)
+    card |= dict(shared_memory_per_block=49152, regs_per_multiprocessor=65536, L2_cache_size=1 << 20, is_integrated=0)
+    torch.cuda.get_device_properties = lambda *args, **kwargs: types.SimpleNamespace(**card)
+
+    from vlm_grpo import LoraOptions, apply_unsloth_patch, load_model, undo_unsloth_patch
+    from vlm_grpo.patches.unsloth import ADAPTER_GRADIENTS
+    report = apply_unsloth_patch()
+    undo_unsloth_patch()
+    healed = [ADAPTER_GRADIENTS.probe()]
+    apply_unsloth_patch()
+    healed.append(ADAPTER_GRADIENTS.probe())
+
+    import tiny
+    from vlm_grpo.models.families import family_of, is_target, lora_targets
+
+    def step(model, processor):
+        row = tiny.prompt()
+        row[0]["content"][0]["image"] = tiny.image()
+        inputs = processor.apply_chat_template([row], tokenize=True, return_dict=True, return_tensors="pt")
+        logits = model.train()(**inputs).logits
+        logits.float().log_softmax(-1)[0, -1, 7].backward()
+        named = [(n, p) for n, p in model.named_parameters() if "lora_B" in n]
+        return [n for n, p in named if p.grad is None or not p.grad.abs().sum()], logits.detach()
+
+    lora = LoraOptions(r=2, alpha=4, vision=True)
+    options = dict(backend="unsloth", dtype="float32", gradient_checkpointing=True)
+    torch.manual_seed(11)
+    model, processor = load_model(tiny.save("qwen2_5_vl", "model"), lora=lora, max_seq_length=512, **options)
+    base = model.get_base_model()
+    targets = lora_targets(family_of(model.config), base, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    untrained, logits = step(model, processor)
+    model.save_pretrained("run")
+    processor.save_pretrained("run")
+    again, again_processor = load_model("run", **options)
+    untrained_again, logits_again = step(again, again_processor)
+    print(json.dumps({
+        "applied": report.applied, "needed": report.needed, "patched": report.patched, "healed": healed,
+        "untrained": untrained, "untrained_again": untrained_again, "seed": torch.initial_seed(),
+        "adapted": sorted(n for n, m in base.named_modules() if hasattr(m, "lora_A")),
+        "chosen": sorted(n for n, _ in base.named_modules() if is_target(n, targets)),
+        "reload": (logits - logits_again).abs().max().item(), "checkpointing": again.is_gradient_checkpointing,
+        "scaling": next(m.scaling["default"] for m in base.modules() if hasattr(m, "lora_A")),
+    }))
+"""
+
+
+# covers U2, U3, U4
+@pytest.mark.slow
+def test_the_real_unsloth_loads_trains_and_reloads_every_adapter(tmp_path):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    switches = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parent), str(README.parents[1])])
+    environment = {**os.environ, **switches, "UNSLOTH_RETURN_LOGITS": "1", "PYTHONPATH": paths}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(REAL)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["applied"] and seen["needed"] and len(seen["patched"]) == 2
+    assert seen["healed"] == [True, False]
+    assert seen["adapted"] == seen["chosen"] and len(seen["adapted"]) == 2 * (4 + 3) + 2 * (2 + 3)
+    assert seen["untrained"] == [] and seen["untrained_again"] == []
+    assert seen["reload"] == 0 and seen["checkpointing"] and seen["scaling"] == 2.0
+    assert seen["seed"] == 11  # the caller's seed survives
