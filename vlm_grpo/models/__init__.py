@@ -1,0 +1,133 @@
+"""``load_model``: one call for a published model, a folder, or a run of ours; the same result from either backend.
+
+Importing this package loads neither torch nor transformers, so that Unsloth can still be imported before them.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ..config import LoraOptions
+
+__all__ = ["load_model"]
+
+_LOG = logging.getLogger("vlm_grpo")
+
+Backend = Literal["auto", "unsloth", "hf"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    backend: Backend = "auto",
+    load_in_4bit: bool = False,
+    lora: "LoraOptions | None" = None,
+    dtype: Dtype = "auto",
+    max_seq_length: int | None = None,
+    gradient_checkpointing: bool | Literal["unsloth"] = False,
+) -> tuple[Any, Any]:
+    """Load a model and its processor, ready to be trained or asked.
+
+    Args:
+        name_or_path: a model on the Hugging Face Hub, a model folder, or a run folder of ours. A run folder that holds
+            an adapter is its base model with that adapter, trainable.
+        backend: ``"unsloth"``, ``"hf"`` (transformers + PEFT), or ``"auto"``: Unsloth where there is a GPU it works on
+            and an adapter is trained, transformers otherwise. Which one and why is logged.
+        load_in_4bit: NF4 weights with double quantization, through bitsandbytes. The transformers backend quantizes
+            the language model only: vision towers are a few percent of the memory and lose much of what they see.
+        lora: which new adapters to train; None trains the model itself, or continues the adapter of a run folder.
+        dtype: of the weights that are not 4-bit. ``"auto"``: bfloat16 where the GPU computes it natively, float16 on
+            other GPUs, float32 on a CPU. Adapters are float32 always.
+        max_seq_length: tokens of prompt and completion that Unsloth prepares for; transformers needs no such limit.
+        gradient_checkpointing: recompute activations in the backward pass; ``"unsloth"`` also moves them off the GPU,
+            and means True to transformers.
+
+    Returns:
+        ``(model, processor)``: on the GPU of this process if there is one. The processor is the one saved with the run,
+        for a run folder.
+
+    Raises:
+        ConfigError: no such model, an unknown option, or LoRA options that differ from the saved adapter's.
+        UnsupportedError: the backend or 4-bit weights do not work on this machine.
+    """
+    _check_choice("backend", backend, ("auto", "unsloth", "hf"))
+    _check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    name = _locate(name_or_path)
+    trains_adapter = lora is not None or is_adapter(name)
+    chosen, reason = _choose(backend, trains_adapter)
+    _LOG.info("Backend: %s, because %s.", "Unsloth" if chosen == "unsloth" else "transformers + PEFT", reason)
+    if load_in_4bit:
+        _require_bitsandbytes()
+    if chosen == "unsloth":
+        from . import unsloth
+
+        return unsloth.load(name, load_in_4bit, lora, dtype, max_seq_length, gradient_checkpointing)
+    from . import hf
+
+    return hf.load(name, load_in_4bit, lora, dtype, bool(gradient_checkpointing))
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{option}={value!r} is not known. Choose one of {', '.join(known)}.")
+
+
+def _locate(name_or_path: str | Path) -> str:
+    """An absolute path for a folder (so that an adapter trained on it finds it again), the name for anything else."""
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name.strip() and path.is_dir():
+        if not is_adapter(str(path)) and not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model: the folder {name!r} holds neither config.json nor adapter_config.json. "
+                "Give a model folder, a finished run, or one of its checkpoints."
+            )
+        return str(path.resolve())
+    if looks_like_path(name) or not name.strip():
+        raise ConfigError(f"model: the folder {name!r} does not exist. Check the path, or give a name on the Hub.")
+    return name
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only mean a folder: a name on the Hub is ``name`` or ``owner/name``."""
+    return Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _choose(backend: Backend, trains_adapter: bool) -> tuple[str, str]:
+    """``(backend, reason)``: Unsloth is imported here, if at all."""
+    import torch
+
+    if backend == "hf":
+        return "hf", 'backend="hf" was asked for'
+    from . import unsloth
+
+    if backend == "unsloth":
+        why_not = unsloth.why_not()
+        if why_not:
+            raise UnsupportedError(f'backend="unsloth": {why_not}. Use backend="hf" or "auto" on this machine.')
+        return "unsloth", 'backend="unsloth" was asked for'
+    if not torch.cuda.is_available():
+        return "hf", "there is no CUDA device"
+    if not trains_adapter:
+        return "hf", "no adapter is trained, which is what Unsloth speeds up"
+    why_not = unsloth.why_not()
+    return ("hf", why_not) if why_not else ("unsloth", "there is a CUDA device and Unsloth works on it")
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"load_in_4bit needs bitsandbytes, which cannot be imported here ({reason}). "
+            "Install it (pip install bitsandbytes), or load without 4-bit."
+        ) from error
