@@ -1,0 +1,178 @@
+"""Checkpoints that are whole or absent, and that continue a run as if it had never stopped."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.trainer.utils import RepeatSampler
+
+from .errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
+
+
+def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint of a run, and the torn ones that are newer.
+
+    Whole means: every file that its manifest lists is there with its size. A checkpoint gets its final name only
+    after everything in it has reached the disk, so a torn one is a damaged copy, or another tool's.
+    """
+    folders = [
+        (int(step), folder)
+        for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.is_dir() and (step := folder.name.rsplit("-", 1)[1]).isdigit()
+    ]
+    torn = []
+    for _, folder in sorted(folders, reverse=True):
+        if is_whole(folder):
+            return folder, torn
+        torn.append(folder)
+    return None, torn
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of the checkpoint's manifest is present with its size."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """List the checkpoint's files with their sizes, and flush all of it to the disk."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder; folders only where the system lets them be opened."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler, whose permutation depends on the epoch and not on how often this process has iterated.
+
+    TRL draws one permutation an epoch from one generator, so a restarted process replays epoch 0's. This one rewinds
+    to its seed and draws as many as an uninterrupted run would have.
+
+    Args:
+        sampler: TRL's own, already configured.
+        epoch: tells the epoch that is about to be iterated, from 0.
+    """
+
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]) -> None:
+        self.__dict__.update(sampler.__dict__)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+class ExactCheckpoints(Trainer):
+    """Sits between TRL's trainer and transformers': writes checkpoints atomically, restores all that they hold.
+
+    A subclass adds what must survive in ``_resume_state`` and takes it back in ``_load_resume_state``.
+    """
+
+    _saving = False
+
+    def _resume_state(self) -> dict[str, Any]:
+        """What this process must remember beyond transformers' state: plain containers and tensors."""
+        return {}
+
+    def _load_resume_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``_resume_state`` gave."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, _PARTIAL) if self._saving else run_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run_dir = Path(self._get_output_dir(trial))
+        partial, final = run_dir / _PARTIAL / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        torch.save(self._resume_state(), partial / self._resume_file())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if self.state.best_global_step and (best == final or best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            write_manifest(partial, self.state.global_step)
+            if final.exists():  # a torn or older one of the same step
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            sync(run_dir)
+            shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,  # a restored run may hold newer steps with older times
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume_file(self) -> str:
+        return f"resume_state_{self.args.process_index}.pt"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint = Path(resume_from_checkpoint)
+        _restore_root_adapter(self.model if model is None else model, checkpoint)
+        file = checkpoint / self._resume_file()
+        if file.is_file():
+            self._load_resume_state(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _restore_root_adapter(model: Any, checkpoint: Path) -> None:
+    """Restore the trained adapter, which lies at the checkpoint's root.
+
+    As soon as another adapter lies beside it (``ref/``), transformers restores the subfolders only.
+    """
+    file = checkpoint / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    saved = load_file(file)
+    for name, live in get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False).items():
+        if name not in saved or not torch.equal(live.detach().cpu(), saved[name].to(live.dtype)):
+            raise CheckpointError(f"{checkpoint}: the adapter weight {name} was not restored. Report this bug.")

@@ -1,0 +1,118 @@
+"""Does every trained tower receive a gradient? Asked after the first backward pass, and each step on request."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .errors import GradientError
+
+
+@dataclass
+class TowerGradient:
+    """Gradients of one tower's trainable parameters: ``received`` of ``trainable`` are finite and non-zero."""
+
+    trainable: int = 0
+    received: int = 0
+    non_finite: int = 0
+    square_sum: float = 0.0
+    first_without: str = ""
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.square_sum)
+
+
+def gradient_report(model: nn.Module, tower_of: Callable[[str], str]) -> dict[str, TowerGradient]:
+    """Count, per tower, the trainable parameters that hold a finite non-zero gradient.
+
+    Args:
+        model: after a backward pass.
+        tower_of: parameter name to tower name, such as ``vision`` or ``language``.
+    """
+    report: dict[str, TowerGradient] = defaultdict(TowerGradient)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower = report[tower_of(name)]
+        tower.trainable += 1
+        norm = 0.0 if parameter.grad is None else torch.linalg.vector_norm(parameter.grad.float()).item()
+        if not math.isfinite(norm):
+            tower.non_finite += 1
+        elif norm > 0:
+            tower.received += 1
+            tower.square_sum += norm**2
+        elif not tower.first_without:
+            tower.first_without = name
+    return dict(report)
+
+
+class GradientCheck(TrainerCallback):
+    """Stops a run whose trained tower receives no gradient, naming the tower.
+
+    The trainer tells it what each batch held (``observe``): a vision tower owes no gradient to a batch without
+    images, and nothing owes one to a batch whose advantages are all zero, so the check waits for a batch that counts.
+
+    Args:
+        tower_of: parameter name to tower name.
+        check: stop on a tower without gradient.
+        log: called with ``gradient/{tower}/...`` metrics each step, or None.
+    """
+
+    def __init__(
+        self, tower_of: Callable[[str], str], check: bool = True, log: Callable[[str, float], None] | None = None
+    ) -> None:
+        self.tower_of = tower_of
+        self.pending = check
+        self.log = log
+        self.saw_media = self.saw_signal = False
+
+    def observe(self, has_media: bool, has_signal: bool) -> None:
+        """Note one micro-batch: whether it held media, and whether any of its loss terms can be non-zero."""
+        self.saw_media |= has_media
+        self.saw_signal |= has_signal
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if self.pending or self.log is not None:
+            assert model is not None, "the Trainer passes its model to every callback"
+            report = gradient_report(model, self.tower_of)
+            if self.log is not None:
+                _log(report, self.log)
+            overflow = args.fp16 and any(tower.non_finite for tower in report.values())  # the loss scale adapts
+            if self.pending and self.saw_signal and not overflow:
+                self._stop_on_silence(report)
+        self.saw_media = self.saw_signal = False
+
+    def _stop_on_silence(self, report: dict[str, TowerGradient]) -> None:
+        if not report:
+            raise GradientError(
+                "The model has no trainable parameter. Switch on a LoRA part (lora.language or lora.vision), "
+                "or train without LoRA."
+            )
+        due = {name: tower for name, tower in report.items() if self.saw_media or name not in ("vision", "projector")}
+        for name, tower in due.items():
+            if tower.non_finite:
+                raise GradientError(
+                    f"{tower.non_finite} of {tower.trainable} trained parameters of the {name} tower have a NaN or "
+                    "infinite gradient on step 1. Train in bf16 or fp32, or lower the learning rate."
+                )
+            if tower.received == 0:
+                raise GradientError(
+                    f"None of the {tower.trainable} trained parameters of the {name} tower received a gradient "
+                    f"on step 1 (the first is {tower.first_without}). The graph is cut before it: with gradient "
+                    'checkpointing use gradient_checkpointing_kwargs={"use_reentrant": False}, with Unsloth call '
+                    f"apply_unsloth_patch() before loading, or do not train the {name} tower."
+                )
+        # Towers that only media reach stay owed until a batch with media has come.
+        self.pending = len(due) < len(report)
+
+
+def _log(report: dict[str, TowerGradient], log: Callable[[str, float], None]) -> None:
+    for name, tower in report.items():
+        log(f"gradient/{name}/received", tower.received)
+        log(f"gradient/{name}/trainable", tower.trainable)
+        log(f"gradient/{name}/norm", tower.norm)

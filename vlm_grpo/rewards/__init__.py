@@ -1,0 +1,97 @@
+"""Reward functions by name, by file or by import, each with TRL's contract and a check on what it returns."""
+
+import functools
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..config import RewardSpec
+from ..errors import RewardError, nearest
+from .accuracy import accuracy
+from .format import think_answer_format
+
+BUILT_IN: dict[str, Callable[..., Any]] = {"accuracy": accuracy, "format": think_answer_format}
+
+
+def load_rewards(specs: Sequence[RewardSpec | str]) -> tuple[list[Callable[..., list[float | None]]], list[float]]:
+    """Resolve rewards: a built-in name, ``file.py:function`` or ``module:function``.
+
+    Returns:
+        the functions, and their weights.
+
+    Raises:
+        RewardError: no reward, an unknown name, a missing file or function; the message says which.
+    """
+    if not specs:
+        raise RewardError(f'No reward is given. Name at least one: {", ".join(BUILT_IN)}, or "file.py:function".')
+    specs = [RewardSpec(name=spec) if isinstance(spec, str) else spec for spec in specs]
+    return [_checked(_resolve(spec.name), spec) for spec in specs], [spec.weight for spec in specs]
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        hint = nearest(name, list(BUILT_IN))
+        raise RewardError(
+            f'There is no reward "{name}".{hint} Built in: {", ".join(BUILT_IN)}; your own: "file.py:function".'
+        )
+    module = _module(place, name)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise RewardError(
+            f'The reward "{name}": {place} has no function "{attribute}".{nearest(attribute, known)} '
+            f"It defines: {', '.join(known) or 'none'}."
+        )
+    return function
+
+
+def _module(place: str, name: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).expanduser().resolve()
+        if not path.is_file():
+            raise RewardError(f'The reward "{name}": the file "{place}" does not exist. Correct the path.')
+        spec = importlib.util.spec_from_file_location(f"vlm_grpo_reward_{path.stem}", path)
+        assert spec is not None and spec.loader is not None, f"{path} is a Python file"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickling look the module up by name
+        spec.loader.exec_module(module)
+        return module
+    except RewardError:
+        raise
+    except Exception as error:  # a user's file may raise anything while it is imported
+        raise RewardError(
+            f'The reward "{name}": importing {place} failed with {_named(error)}. Fix it there.'
+        ) from error
+
+
+def _checked(function: Callable[..., Any], spec: RewardSpec) -> Callable[..., list[float | None]]:
+    """Bind the spec's arguments; name the reward in whatever it does wrong."""
+    label = spec.name.rpartition(":")[2]
+
+    @functools.wraps(function)
+    def reward(*args: Any, **columns: Any) -> list[float | None]:
+        try:
+            values = function(*args, **{**columns, **spec.kwargs})
+        except Exception as error:  # a user's function may raise anything
+            raise RewardError(f'The reward "{spec.name}" failed with {_named(error)}. Fix it there.') from error
+        for value in values:
+            if value is not None and not math.isfinite(value):
+                raise RewardError(f'The reward "{spec.name}" returned {value}. Return a finite number, or None.')
+        return values
+
+    reward.__name__ = reward.__qualname__ = label
+    return reward
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,361 @@
+"""``VLMGRPOTrainer``: TRL's GRPOTrainer, with media that reach the loss.
+
+TRL keeps sampling, losses, metrics, tools and logging. This class hides the media from it: every prompt is encoded
+once, its encoding travels as one entry of a Python list in TRL's batches, and is collated right before a forward.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model, use_adapter
+
+from .checkpoint import EpochRepeatSampler, ExactCheckpoints
+from .checks import GradientCheck
+from .data import MEDIA_COLUMNS, Sample, to_sample
+from .encode import EncodedPrompt, check_placeholders, collate, encode, pack_rollout, unpack_rollout
+from .errors import ConfigError, DataFormatError, UnsupportedError
+from .models.families import family_of, placeholder_ids, tower_of
+from .patches.trl import LOG_PROBS, own_grpo_trainer
+from .trainer_config import VLMGRPOConfig
+
+_TRLTrainer: Any = own_grpo_trainer()
+
+
+class _Row(dict):
+    """What TRL sees of a dataset row (its prompt), beside the original, the sample and the encoding."""
+
+    original: dict[str, Any]
+    sample: Sample
+    encoding: EncodedPrompt
+
+
+class _Prompt(list):
+    """A conversation that carries its row's encoding through TRL's deep copy, but not to other processes."""
+
+    encoding: EncodedPrompt
+
+    def __deepcopy__(self, memo: dict) -> "_Prompt":
+        copied = _Prompt(copy.deepcopy(list(self), memo))
+        copied.encoding = self.encoding
+        return copied
+
+    def __reduce__(self) -> tuple:
+        return list, (list(self),)
+
+
+class _Text(str):
+    """A templated prompt that carries its row's encoding, like ``_Prompt``."""
+
+    encoding: EncodedPrompt
+
+    def __deepcopy__(self, memo: dict) -> "_Text":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return str, (str(self),)
+
+
+class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
+    """GRPO for prompts with images, text or both in one batch. Takes what TRL's ``GRPOTrainer`` takes.
+
+    Rows: ``prompt`` (messages, or a string to which the chat template has been applied) with ``image`` or ``images``
+    (PIL, path or bytes), or with images inside the message parts; other columns go to the reward functions, which
+    receive the original rows, media included.
+
+    Differences from TRL: log-probabilities also work without Triton; without PEFT and with ``beta > 0`` the reference
+    is a frozen copy of the model as given; the processor you pass is copied and never changed; checkpoints are atomic
+    and continue exactly; a trained tower that receives no gradient on step 1 stops the run.
+
+    Args:
+        model: a name, a path, a model or a PEFT model.
+        reward_funcs: one or several, TRL's contract ``(prompts, completions, **columns) -> list[float | None]``.
+        args: a ``VLMGRPOConfig``, or any ``GRPOConfig``.
+        train_dataset: map-style or streaming.
+        media_root: the folder that relative media paths start from; by default the current directory.
+        kwargs: the remaining arguments of TRL's ``GRPOTrainer``.
+
+    Raises:
+        ConfigError: fewer rows than one generation batch needs, or arguments that cannot work together.
+        UnsupportedError: ``rollout_func``, ``environment_factory``, vLLM, continuous batching, images from tools.
+        DataFormatError: a row that is no sample.
+        GradientError: on step 1, see above.
+    """
+
+    _tag_names = ["trl", "grpo", "vlm-grpo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *trl_args: Any,
+        media_root: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = VLMGRPOConfig.of(args)
+        for name in ("rollout_func", "environment_factory"):
+            if kwargs.get(name) is not None:
+                raise UnsupportedError(
+                    f"{name} has no multimodal test yet. Use reward_funcs, or TRL's own GRPOTrainer."
+                )
+        check_size(train_dataset, args)
+        LOG_PROBS.ensure()
+        self.media_root = None if media_root is None else Path(media_root)
+        adapters = _trainable_data(model)
+        reference = None if args.beta == 0 or isinstance(model, str) or is_peft_model(model) else copy.deepcopy(model)
+        if kwargs.get("peft_config") is not None:
+            reference = None
+        beta, sync = args.beta, args.sync_ref_model
+        try:
+            if reference is not None:  # TRL would load it again from the path the model once came from
+                args.beta, args.sync_ref_model = 0.0, False
+            super().__init__(
+                model,
+                list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs,
+                args,
+                train_dataset,
+                eval_dataset,
+                copy.deepcopy(processing_class),
+                *trl_args,
+                **kwargs,
+            )
+        finally:
+            args.beta, args.sync_ref_model = beta, sync
+        if reference is not None:
+            self._install_reference(reference)
+        if not args.bf16 and _is_quantized(self.model):
+            _undo_bf16_adapters(self.model, adapters)
+        self._tokenizer.padding_side = "left"
+        self._install_checks()
+        self._suppress_placeholders()
+
+    # ---- set-up -------------------------------------------------------------------------------------------------
+
+    def _install_reference(self, reference: Any) -> None:
+        """The frozen copy of the model as given, prepared as TRL prepares the one it loads."""
+        self.beta = self.args.beta
+        reference.requires_grad_(False)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
+        if self.is_deepspeed_enabled:
+            self.ref_model = prepare_deepspeed(reference, self.accelerator)
+        elif self.is_fsdp_enabled:
+            self.ref_model = prepare_fsdp(reference, self.accelerator)
+        else:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if self.args.sync_ref_model:
+            from trl.trainer.callbacks import SyncRefModelCallback
+
+            self.add_callback(SyncRefModelCallback(ref_model=reference, accelerator=self.accelerator))
+
+    def _install_checks(self) -> None:
+        family = family_of(self.model.config)
+
+        def log(name: str, value: float) -> None:
+            self._metrics["train"][name].append(value)
+
+        self._gradient_check = GradientCheck(
+            lambda name: tower_of(family, name), self.args.gradient_check, log if self.args.gradient_report else None
+        )
+        self.add_callback(self._gradient_check)
+
+    def _suppress_placeholders(self) -> None:
+        """A sampled media placeholder would crash the next forward, or read another row's features."""
+        self.placeholder_ids = placeholder_ids(self.model.config, self.processing_class)
+        if self.placeholder_ids:
+            chosen = self.generation_kwargs.get("suppress_tokens") or []
+            suppressed = sorted({*chosen, *self.placeholder_ids})
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", *MEDIA_COLUMNS]
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        return EpochRepeatSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    # ---- rollout ------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = self._encoded_rows(inputs)
+        batch = super()._generate_and_score_completions(rows)
+        batch["encodings"] = [row.encoding for row in rows]
+        self._add_old_and_ref_logps(batch)
+        if self.log_completions and self.log_multimodal:
+            pictures = [[medium.open() for medium in row.sample.media] for row in rows]
+            self._logs["images"].extend(gather_object(pictures))
+        return batch
+
+    def _encoded_rows(self, inputs: list[dict[str, Any]]) -> list[_Row]:
+        """TRL's view of each row. The G rows of a group are adjacent and share one sample and one encoding."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.accelerator.process_index * len(inputs)  # TRL's global position of this rank's first row
+        rows: list[_Row] = []
+        for position, original in enumerate(inputs, first):
+            row = _Row()
+            if rows and position % group:
+                row.sample, row.encoding = rows[-1].sample, rows[-1].encoding
+            else:
+                row.sample = to_sample(original, self.media_root, f"row {position} of the batch")
+                row.encoding = self._encode(row.sample)
+            row.original = original
+            row["prompt"] = prompt = (_Text if isinstance(row.sample.prompt, str) else _Prompt)(row.sample.prompt)
+            prompt.encoding = row.encoding
+            rows.append(row)
+        return rows
+
+    def _encode(self, sample: Sample) -> EncodedPrompt:
+        template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        encoded = encode(self.processing_class, sample, self.tools, **template, **self.chat_template_kwargs)
+        check_placeholders(encoded, sample, self.placeholder_ids)
+        return encoded
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        encodings = [prompt.encoding for prompt in prompts]
+        return [list(encoded.input_ids) for encoded in encodings], None, {"encodings": encodings}
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        encodings = multimodal_fields.get("encodings")
+        if encodings is None:
+            raise UnsupportedError("A tool returned an image, which has no test yet. Return text from tools.")
+        extra = [len(ids) - len(encoded.input_ids) for ids, encoded in zip(prompt_ids, encodings, strict=True)]
+        return super()._generate_single_turn(prompt_ids, None, collate(encodings, extra=extra), *args, **kwargs)
+
+    def _add_old_and_ref_logps(self, batch: dict[str, Any]) -> None:
+        """The two log-probabilities that TRL takes before it has the encodings, under TRL's own conditions."""
+        train = self.model.training
+        size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+
+        def logps(model: Any) -> Tensor | None:
+            width = batch["completion_ids"].size(1)
+            return self._get_per_token_logps_and_entropies(
+                model, ids, mask, width, size, num_images=batch["encodings"]
+            )[0]
+
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
+                batch["old_per_token_logps"] = logps(self.model)
+            if self.beta != 0 and self.ref_model is not None:
+                batch["ref_per_token_logps"] = logps(self.ref_model)
+            elif self.beta != 0:
+                policy = self.accelerator.unwrap_model(self.model)
+                with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                    batch["ref_per_token_logps"] = logps(self.model)
+
+    def _calculate_rewards(
+        self, inputs: list[_Row], prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        originals = [row.original for row in inputs]
+        if "answer" in originals[0]:  # TRL's table and samples.jsonl show it beside the completion
+            self._log_completion_extra("answer", [original["answer"] for original in originals])
+        prompts = [original["prompt"] for original in originals]
+        return super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
+
+    # ---- loss ---------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        encodings = inputs["encodings"]
+        if self.model.training and self._gradient_check.pending:
+            has_signal = bool(inputs["advantages"].any()) or self.beta != 0 or self._entropy_bonus_enabled
+            self._gradient_check.observe(any(encoded.media for encoded in encodings), has_signal)
+        # TRL hands this entry on to the method below untouched: the one way through its fixed list of arguments.
+        return super()._compute_loss(model, {**inputs, "num_images": encodings})
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        num_images: list[EncodedPrompt] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probabilities (B, T) in nats at the sampling temperature, entropies (B, T) and the router loss.
+
+        ``num_images`` carries the rows' encodings. Without them (TRL's own call while it scores a rollout) the
+        answer is None, three times; ``_add_old_and_ref_logps`` follows.
+        """
+        if num_images is None:
+            return None, None, None
+        width, pieces = input_ids.size(1), []
+        for start in range(0, len(num_images), batch_size or len(num_images)):
+            rows = slice(start, start + (batch_size or len(num_images)))
+            ids, mask = input_ids[rows], attention_mask[rows]
+            extra = [logits_to_keep] * len(ids)
+            inputs: dict[str, Any] = collate(num_images[rows], width, extra, input_ids.device)
+            if compute_aux_loss:
+                inputs["output_router_logits"] = True
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :-logits_to_keep] = -100
+            with self.accelerator.autocast():
+                pieces.append(model(input_ids=ids, attention_mask=mask, **inputs, labels=labels, fused_lm_head=True))
+        logps = torch.cat([piece.log_probs[:, -logits_to_keep:] for piece in pieces])
+        entropies = torch.cat([piece.entropy[:, -logits_to_keep:] for piece in pieces]) if compute_entropy else None
+        aux_loss = torch.stack([piece.aux_loss for piece in pieces]).mean() if compute_aux_loss else None
+        return logps, entropies, aux_loss
+
+    # ---- resume -------------------------------------------------------------------------------------------------
+
+    def _resume_state(self) -> dict[str, Any]:
+        state = {"step": self._step, "metrics": {k: list(v) for k, v in self._metrics["train"].items()}}
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            state["rollout"] = pack_rollout(self._buffered_inputs)
+        return state
+
+    def _load_resume_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        self._metrics["train"].update(state["metrics"])
+        if "rollout" in state:
+            self._buffered_inputs = unpack_rollout(state["rollout"], self.accelerator.device)
+
+
+def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
+    """TRL drops an incomplete generation batch, so a small dataset would train 0 steps without a word."""
+    assert args.generation_batch_size and args.num_generations, "GRPOConfig derives both"
+    prompts = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+        raise ConfigError(
+            f"The training dataset has {len(dataset)} rows, but one generation batch takes {prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), no step "
+            f"could be taken. Add rows, or lower generation_batch_size to {len(dataset) * args.num_generations}."
+        )
+    if isinstance(dataset, (list, tuple, dict)):
+        raise DataFormatError(
+            f"train_dataset is a {type(dataset).__name__}. Wrap it: datasets.Dataset.from_list(rows)."
+        )
+
+
+def _is_quantized(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def _trainable_data(model: Any) -> dict[str, Tensor]:
+    """The adapter weights of a 4- or 8-bit model, which TRL is about to round to bf16."""
+    if not _is_quantized(model):
+        return {}
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _undo_bf16_adapters(model: Any, data: dict[str, Tensor]) -> None:
+    """Where bf16 is not native, adapters in bf16 are slow and imprecise: back to what they were."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = data[name] if name in data else parameter.data.float()
