@@ -1,0 +1,135 @@
+"""Curves and contact sheets: what is drawn, and that odd metrics files do not stop a run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_grpo import report
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles of the panels that ``draw_curves`` fills, in order."""
+    seen = []
+    draw = report._draw_panel
+    monkeypatch.setattr(
+        report, "_draw_panel", lambda axes, panel, records: (seen.append(panel.key), draw(axes, panel, records))
+    )
+    return seen
+
+
+def test_only_metrics_with_values_get_a_panel(tmp_path, titles):
+    records = [{"step": s, "reward": s / 9, "loss": None, "kl": math.nan, "learning_rate": 1e-5} for s in range(1, 9)]
+    assert report.draw_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
+    assert titles == ["reward", "learning_rate"]
+    assert Image.open(tmp_path / "curves.png").size[0] > 600
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"step": 1, "reward": 0.5, "reward_std": 0.1, "completions/mean_length": 2.0, "grad_norm": 1}],
+        [{"step": s, "reward": 0.0, "rewards/a/mean": None if s % 2 else 0.5, "rewards/b/mean": 1} for s in range(40)],
+        [{"step": s, "grad_norm": 10.0**s} for s in range(5)],
+        [
+            {"step": 10, "eval_reward": 0.4},
+            {"step": 20, "eval_reward": 0.6},
+            {"reward": 1.0},
+            {"step": None, "loss": 1},
+        ],
+        [{"step": s, "reward": 1, "reward_std": None, "completions/mean_length": 5} for s in range(30)],
+    ],
+    ids=["one point", "parts with gaps", "log scale", "evaluation only", "no band"],
+)
+def test_odd_files_are_drawn(tmp_path, records):
+    assert report.draw_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
+    assert len(Image.open(tmp_path / "curves.png").convert("L").getcolors(1 << 24)) > 10
+
+
+@pytest.mark.parametrize("text", [None, "", '{"step": 3}\n', '{"step": 1, "rew', "[1, 2]\n7\n"])
+def test_nothing_to_draw_leaves_the_picture_alone(tmp_path, text):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "curves.png").write_text("kept")
+    assert report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png") is False
+    assert (tmp_path / "curves.png").read_text() == "kept"
+
+
+def test_a_torn_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n{"step": 4, "los')
+    assert list(report.read_jsonl(path)) == [{"step": 1, "loss": 2.0}]
+
+
+def test_smoothing_keeps_the_level_and_follows_a_slope_without_lag():
+    line = [0.5 * index for index in range(100)]
+    smoothed = report._smooth(line)
+    assert smoothed[50] == pytest.approx(line[50])
+    assert smoothed[0] == pytest.approx(sum(line[:4]) / 4)
+    assert report._smooth([3.0] * 60) == [3.0] * 60
+    assert report._smooth([1.0, 9.0, 2.0]) == [1.0, 9.0, 2.0]
+
+
+def test_a_single_reward_function_is_drawn_once():
+    records = [{"step": s, "reward": s / 7, "rewards/accuracy/mean": s / 7} for s in range(5)]
+    total = report._series(records, "reward")[1]
+    assert report._reward_parts(records, total) == {}
+    halved = [record | {"reward": record["reward"] / 2} for record in records]
+    assert list(report._reward_parts(halved, report._series(halved, "reward")[1])) == ["accuracy"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.9, "0:07"), (750, "12:30"), (11100, "3:05:00")])
+def test_duration(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (0.25, "0.25"), (0.0, "0"), (250000.0, "2.5e5")])
+def test_axis_numbers_are_short(value, text):
+    assert report._number(value) == text
+
+
+def test_contact_sheet_frames_tell_right_from_wrong(tmp_path):
+    images = [
+        Image.new("RGB", (56, 56), "white"),
+        Image.new("L", (300, 100), 0),
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)),
+    ]
+    out = tmp_path / "new" / "sheet.png"
+    report.contact_sheet(
+        images,
+        ["one", "a long caption that has to be cut somewhere", "→ zwölf\n(is 2)"],
+        [True, False, True],
+        out,
+        2,
+        "Digits",
+    )
+    colours = {colour for _, colour in Image.open(out).getcolors(1 << 24)}
+    right, wrong = (tuple(bytes.fromhex(hue[1:])) for hue in (report.RIGHT, report.WRONG))
+    assert {right, wrong} <= colours
+    report.contact_sheet(images, ["", "", ""], None, out)
+    colours = {colour for _, colour in Image.open(out).getcolors(1 << 24)}
+    assert not {right, wrong} & colours
+
+
+def test_contact_sheet_refuses_a_missing_caption(tmp_path):
+    with pytest.raises(AssertionError, match="2 images need as many captions, got 1"):
+        report.contact_sheet([Image.new("RGB", (9, 9))] * 2, ["one"], None, tmp_path / "sheet.png")
+
+
+def test_captions_wrap_at_words_and_end_in_an_ellipsis():
+    font = report._font(16)
+    lines = report._wrap("the quick brown fox jumps over the lazy dog", font, 120)
+    assert lines[0] == "the quick" and lines[1].startswith("brown fox") and lines[1].endswith("…") and len(lines) == 2
+    assert all(font.getlength(line) <= 120 for line in lines)
+    assert report._wrap("two\nlines", font, 120) == ["two", "lines"]
+    (cut,) = report._wrap("x" * 99, font, 120)
+    assert cut.endswith("x…") and font.getlength(cut) <= 120

@@ -1,0 +1,214 @@
+"""A run that is killed and started again gives the numbers of a run that never stopped."""
+
+import json
+import os
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import tiny
+from test_exact import with_adapter
+
+from vlm_grpo import RunConfig, checkpoint, run
+
+REWARD = """
+def pattern(completions, completion_ids, **columns):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+"""
+# Two steps an epoch at least, three epochs, checkpoints on and off generation boundaries.
+SETTINGS = {
+    "defaults": {"max_steps": 9},
+    "num_iterations 2": {"num_iterations": 2, "max_steps": 18},
+    "steps_per_generation 2x": {"steps_per_generation": 2, "max_steps": 9},
+    "pretrained adapter, beta": {"beta": 0.1, "max_steps": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A model, a model with a trained adapter, rows with pictures, a reward."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny.save("qwen2_5_vl", folder / "model")
+    model, processor = tiny.build("qwen2_5_vl")
+    model.config._name_or_path = str(folder / "model")
+    adapted = with_adapter(model, trained=True)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    adapted.save_pretrained(folder / "adapter")
+    processor.save_pretrained(folder / "adapter")
+    lines = []
+    for i in range(6):
+        counts = i % 3
+        for j in range(counts):
+            tiny.image(10 * i + j, (56 + 28 * (i % 2), 56)).save(folder / f"{i}-{j}.png")
+        prompt = tiny.prompt(f"count {tiny.WORDS[i]}", images=counts)
+        lines.append(json.dumps({"prompt": prompt, "images": [f"{i}-{j}.png" for j in range(counts)], "answer": "red"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (folder / "rewards.py").write_text(REWARD)
+    return folder
+
+
+def config(material: Path, output: Path, setting: str) -> RunConfig:
+    pretrained = setting == "pretrained adapter, beta"
+    return RunConfig(
+        model=str(material / ("adapter" if pretrained else "model")),
+        lora=None if pretrained else {"r": 4, "alpha": 8, "vision": True},
+        data=str(material / "rows.jsonl"),
+        rewards=[f"{material / 'rewards.py'}:pattern"],
+        output=str(output),
+        train={
+            "per_device_train_batch_size": 4 if "2x" not in setting else 2,
+            "num_generations": 2,
+            "max_completion_length": 4,
+            "learning_rate": 1e-2,
+            "save_steps": 2 if setting != "num_iterations 2" else 3,
+            "num_train_epochs": 100,
+            "gradient_check": False,
+            **SETTINGS[setting],
+        },
+    )
+
+
+def in_child(action) -> int:
+    """Run ``action`` in a forked process; its exit status, negative for the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class At:
+    """Calls ``die`` instead of the real function at its n-th call in this process."""
+
+    def __init__(self, owner, name: str, call: int, after: bool = False) -> None:
+        self.owner, self.name, self.call, self.after = owner, name, call, after
+
+    def arm(self) -> None:
+        real, count = getattr(self.owner, self.name), 0
+
+        def function(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == self.call and not self.after:
+                die()
+            out = real(*args, **kwargs)
+            if count == self.call:
+                die()
+            return out
+
+        setattr(self.owner, self.name, function)
+
+
+def moments(last: int) -> dict[str, At]:
+    """Ten moments of a run of ``last`` steps in three epochs: in rollouts, updates, and in every part of a save."""
+    trainer, saver = run.VLMGRPOTrainer, checkpoint.ExactCheckpoints
+    return {
+        "before the first update": At(trainer, "_compute_loss", 1),
+        "in a rollout of the first epoch": At(trainer, "_generate_single_turn", 2, after=True),
+        "while the first checkpoint is written": At(saver, "_resume_file", 1),
+        "before the first checkpoint gets its name": At(checkpoint, "write_manifest", 1, after=True),
+        "after the first checkpoint got its name": At(checkpoint, "rotate_checkpoints", 1),
+        "in an update of the first epoch": At(trainer, "_compute_loss", 3, after=True),
+        "in an update of the third epoch": At(trainer, "_compute_loss", last - 2),
+        "before a checkpoint of the third epoch gets its name": At(checkpoint, "write_manifest", 4),
+        "in the last update": At(trainer, "_compute_loss", last, after=True),
+        "after the last checkpoint": At(run, "draw_curves", 1),
+    }
+
+
+def figures(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: r.get(key) for key in ("step", "reward", "loss", "grad_norm", "kl")} for r in records if "loss" in r]
+
+
+def samples(folder: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [(r["step"], r["completion"]) for r in records]
+
+
+def check(setting: str, chosen: list[int], material: Path, folder: Path, largest) -> None:
+    whole = folder / "whole"
+    assert in_child(lambda: run.train(config(material, whole, setting))) == 0
+    expected, texts = figures(whole), samples(whole)
+    last = SETTINGS[setting]["max_steps"]
+    assert [record["step"] for record in expected] == list(range(1, last + 1))
+    assert len({record["grad_norm"] for record in expected}) > last / 2, "every step does something else"
+    for moment, at in [list(moments(last).items())[i] for i in chosen]:
+        output = folder / moment.replace(" ", "-")
+
+        def first(at=at, output=output):
+            at.arm()
+            run.train(config(material, output, setting))
+
+        assert in_child(first) == -signal.SIGKILL, moment
+        assert in_child(lambda output=output: run.train(config(material, output, setting))) == 0, moment
+        found = figures(output)
+        assert [r["step"] for r in found] == [r["step"] for r in expected], moment
+        assert samples(output) == texts, moment
+        for key in ("reward", "loss", "grad_norm", "kl"):
+            gaps = [abs((a[key] or 0) - (b[key] or 0)) for a, b in zip(found, expected, strict=True)]
+            largest(f"resume, {setting}", key, max(gaps))
+            assert max(gaps) <= 1e-6, (moment, key)
+        same = (output / "adapter_model.safetensors").read_bytes()
+        assert same == (whole / "adapter_model.safetensors").read_bytes(), moment
+
+
+@pytest.mark.parametrize(("setting", "chosen"), zip(SETTINGS, ([2, 7], [5, 6], [3, 6], [0, 8]), strict=True))
+def test_kill_nine(setting, chosen, material, tmp_path, largest):
+    # covers Q10; two moments a setting, one of them late; the slow test has all ten
+    check(setting, chosen, material, tmp_path, largest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_kill_nine_at_ten_moments(setting, material, tmp_path, largest):
+    # covers Q10
+    check(setting, list(range(10)), material, tmp_path, largest)
+
+
+def test_torn_checkpoint_is_ignored(material, tmp_path, caplog):
+    output = tmp_path / "run"
+    options = config(material, output, "defaults")
+    whole = run.train(options)
+    (output / "result.json").unlink()
+    newest, older = sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)[:2]
+    with (newest / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert checkpoint.find_checkpoint(output) == (older, [newest])
+    expected = figures(output)
+    again = run.train(options)
+    assert "is torn" in caplog.text and newest.name in caplog.text
+    assert figures(output) == expected
+    assert again.steps == whole.steps
+    assert checkpoint.is_whole(newest), "written again"
+
+
+def test_root_adapter_is_restored_beside_ref(material, tmp_path):
+    """transformers restores subfolders only, as soon as there is one."""
+    options = config(material, tmp_path / "run", "pretrained adapter, beta")
+    run.train(options)
+    newest, _ = checkpoint.find_checkpoint(tmp_path / "run")
+    assert (newest / "ref" / "adapter_model.safetensors").is_file()
+    trainer = run._Run(options, "train")
+    fresh = trainer._trainer(*trainer._load())
+    before = {n: p.detach().clone() for n, p in fresh.model.named_parameters()}
+    fresh._load_from_checkpoint(str(newest))
+    changed = {n for n, p in fresh.model.named_parameters() if not (p == before[n]).all()}
+    assert changed == {n for n, p in fresh.model.named_parameters() if p.requires_grad}, "the trained adapter, only it"
+    assert not any(".ref." in n for n in changed)
+
+
+def test_foreign_checkpoint_is_a_sentence(material, tmp_path):
+    from vlm_grpo.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="is no folder"):
+        run.train(config(material, tmp_path / "run", "defaults"), resume_from_checkpoint=str(tmp_path / "none"))

@@ -1,0 +1,258 @@
+"""A resolved config to data, model, trainer and artefacts: the one path of every command and of the demo."""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .callbacks import (
+    CurvesCallback,
+    MetricsCallback,
+    SamplesCallback,
+    SaveEvery,
+    StopCallback,
+    cut_back,
+    graceful_signals,
+)
+from .checkpoint import find_checkpoint
+from .config import RunConfig, require, resolved
+from .data import load_data
+from .errors import CheckpointError
+from .evaluate import Evaluation, evaluate
+from .folder import CURVES, METRICS, RESULT, SAMPLES, check_run_folder, open_run_folder, read_json, write_json
+from .models import load_model
+from .progress import ProgressCallback
+from .report import draw_curves
+from .rewards import load_rewards
+from .rewards.accuracy import accuracy
+from .sft import VLMSFTConfig, VLMSFTTrainer
+from .trainer import VLMGRPOTrainer, check_size
+from .trainer_config import VLMGRPOConfig, build_args
+
+logger = logging.getLogger("vlm_grpo")
+
+# What a run of the command line does where TRL's defaults suit a script: log each step, keep two checkpoints.
+_RUN_DEFAULTS: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+_SECONDS_BETWEEN_SAVES = 120.0
+_EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run_dir: its folder.
+        steps: optimizer steps taken in all, earlier starts included.
+        seconds: training seconds in all.
+        metrics: the last logged step's.
+        evaluation: held-out figures by name (``before``, ``after``, ``control``), where ``data.eval`` was given.
+        stopped: why it ended early (``time limit``, ``SIGTERM``, ``Ctrl-C``), else None.
+    """
+
+    run_dir: Path
+    steps: int
+    seconds: float
+    metrics: dict[str, Any]
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+def train(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str | None = None) -> RunResult:
+    """Reinforcement learning by GRPO, from the start or from where the run folder's last checkpoint is.
+
+    Raises:
+        VLMGRPOError: anything about the config, data, rewards or folder that cannot work; nothing is written then.
+    """
+    return _Run(config, "train").go(fresh, resume_from_checkpoint)
+
+
+def sft(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str | None = None) -> RunResult:
+    """Supervised warm start on the completions of the rows; its run folder is a model that ``train`` starts from."""
+    return _Run(config, "sft").go(fresh, resume_from_checkpoint)
+
+
+def plan(config: RunConfig, command: str) -> dict[str, Any]:
+    """What the run would do, checked as far as it can be without loading the model; touches nothing."""
+    run = _Run(config, command)
+    check_run_folder(config, command)
+    checkpoint, _ = find_checkpoint(Path(config.output))
+    args = run.args
+    rows = {
+        "training rows": len(run.data),
+        "held-out rows": 0 if run.held_out is None else len(run.held_out),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "device": str(args.device),
+        "starts": f"from {checkpoint.name}" if checkpoint else "from step 0",
+    }
+    if command == "train":
+        prompts = args.generation_batch_size // args.num_generations
+        generations = len(run.data) // prompts
+        per_step = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * generations * per_step)
+        rows |= {"prompts per generation": prompts, "completions per prompt": args.num_generations, "steps": steps}
+    return {**resolved(config), **rows}
+
+
+class _Run:
+    """One run: everything that can fail on bad input happens in ``__init__``, before a file is written."""
+
+    def __init__(self, config: RunConfig, command: str) -> None:
+        require(config, command)
+        self.config, self.command = config, command
+        options = {**_RUN_DEFAULTS, **config.train}
+        cls = VLMGRPOConfig if command == "train" else VLMSFTConfig
+        self.args: Any = build_args(cls, options, output_dir=config.output)
+        self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
+        data = config.data
+        assert data.train is not None, "require() asked for it"
+        self.data = load_data(data.train, data.split, data.limit)
+        self.held_out = load_data(data.eval, data.eval_split or data.split) if data.eval else None
+        if command == "train":
+            self.args.reward_weights = self.weights
+            check_size(self.data, self.args)
+
+    def go(self, fresh: bool, resume_from_checkpoint: str | None) -> RunResult:
+        with open_run_folder(self.config, self.command, fresh) as folder:
+            done = read_json(folder / RESULT)
+            if done and self._is_over(done):
+                return RunResult(**{**done, "run_dir": folder})
+            checkpoint = self._checkpoint(folder, resume_from_checkpoint)
+            model, processor = self._load()
+            trainer = self._trainer(model, processor)
+            evaluations = read_json(folder / "evaluation.json")
+            if self.held_out is not None and "before" not in evaluations and checkpoint is None:
+                evaluations["before"] = _figures(self._evaluate(trainer, "held-out, before"))
+                write_json(folder / "evaluation.json", evaluations)
+            stop, seconds = self._train(trainer, folder, checkpoint)
+            return self._finish(trainer, folder, evaluations, stop, seconds)
+
+    def _is_over(self, done: dict[str, Any]) -> bool:
+        folder, limit = self.config.output, self.config.max_minutes
+        if done["stopped"] is None:
+            logger.warning("%s: this run is finished (%d steps). --fresh starts it anew.", folder, done["steps"])
+            return True
+        if limit is not None and done["seconds"] >= 60 * limit:
+            logger.warning("%s: its %g minutes are used up. Raise max_minutes to go on.", folder, limit)
+            return True
+        return False
+
+    def _checkpoint(self, folder: Path, given: str | None) -> Path | None:
+        if given is not None and given.lower() not in ("true", "latest"):
+            if not Path(given).is_dir():
+                raise CheckpointError(f'The checkpoint "{given}" is no folder. Correct the path.')
+            return Path(given)
+        checkpoint, torn = find_checkpoint(folder)
+        for path in torn:
+            logger.warning("%s is torn (a file of its manifest is missing or has another size): ignored.", path)
+        if checkpoint is not None:
+            logger.warning("Continuing from %s.", checkpoint)
+        return checkpoint
+
+    def _load(self) -> tuple[Any, Any]:
+        from transformers import set_seed
+
+        config = self.config
+        set_seed(self.args.seed)  # new adapters start from random weights
+        return load_model(
+            config.model,
+            backend=config.backend,
+            load_in_4bit=config.load_in_4bit,
+            lora=config.lora,
+            dtype=config.dtype,
+            max_seq_length=config.max_seq_length,
+            gradient_checkpointing=self.args.gradient_checkpointing,
+        )
+
+    def _trainer(self, model: Any, processor: Any) -> Any:
+        from transformers import PrinterCallback
+
+        if self.command == "train":
+            evaluated = self.held_out if self.args.eval_strategy != "no" else None
+            trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor)
+        else:
+            trainer = VLMSFTTrainer(model, self.args, self.data, processing_class=processor)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _train(self, trainer: Any, folder: Path, checkpoint: Path | None) -> tuple[StopCallback, float]:
+        metrics, samples = folder / METRICS, folder / SAMPLES
+        step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
+        for path in (metrics, samples):
+            cut_back(path, step)
+        recorder = MetricsCallback(metrics)
+        stop = StopCallback(self.config.max_minutes, recorder.seconds)
+        callbacks: list[Any] = [recorder, SaveEvery(_SECONDS_BETWEEN_SAVES), stop]
+        if self.command == "train":
+            callbacks.append(SamplesCallback(samples, trainer))
+        progress = ProgressCallback(self.command, seconds_left=stop.seconds_left)
+        for callback in [*callbacks, CurvesCallback(metrics, folder / CURVES), progress]:
+            trainer.add_callback(callback)
+        if checkpoint is not None and _is_last(checkpoint):
+            _restore(trainer, checkpoint)
+            recorder.on_train_begin(trainer.args, trainer.state, trainer.control)
+            return stop, recorder.seconds()
+        try:
+            with graceful_signals(stop):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.close()
+        return stop, recorder.seconds()
+
+    def _finish(
+        self, trainer: Any, folder: Path, evaluations: dict[str, Any], stop: StopCallback, seconds: float
+    ) -> RunResult:
+        if stop.reason not in ("SIGTERM", "Ctrl-C"):  # these two leave no time; the checkpoint holds everything
+            trainer.save_model(str(folder))
+            if self.held_out is not None:
+                evaluations["after"] = _figures(self._evaluate(trainer, "held-out, after"))
+                evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank images", blank=True))
+                write_json(folder / "evaluation.json", evaluations)
+            draw_curves(folder / METRICS, folder / CURVES)
+        last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
+        result = RunResult(folder, trainer.state.global_step, seconds, last, evaluations, stop.reason)
+        write_json(folder / RESULT, {**asdict(result), "run_dir": str(folder)})
+        return result
+
+    def _evaluate(self, trainer: Any, title: str, blank: bool = False) -> Evaluation:
+        assert self.held_out is not None, "callers asked"
+        length = getattr(self.args, "max_completion_length", None) or 64
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(title, total=len(self.held_out))
+            return evaluate(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+                self.held_out,
+                score=self.rewards[0] if self.rewards else accuracy,
+                blank=blank,
+                batch_size=_EVALUATION_BATCH,
+                max_new_tokens=length,
+                progress=lambda done: progress.update(task, completed=done),
+            )
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Killed between its last checkpoint and its results: transformers would take one more step."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return state["global_step"] >= state["max_steps"]
+
+
+def _restore(trainer: Any, checkpoint: Path) -> None:
+    from transformers import TrainerState
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    return {"accuracy": evaluation.accuracy, "ci95": list(evaluation.ci95), "rows": len(evaluation.correct)}
