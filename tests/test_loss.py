@@ -168,3 +168,26 @@ def test_chunked_logps_of_nothing_keep_the_graph():
     log_probs, entropy, *_ = chunked_logps(hidden, weight, None, torch.zeros(0, dtype=torch.long))
     (log_probs.sum() + entropy.sum()).backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.gpu
+def test_trl_kernel_equals_float64():
+    """The fused head that a GPU uses, with its gradients."""
+    from vlm_grpo.patches.trl import LOG_PROBS, _LogProbs
+
+    LOG_PROBS.ensure()
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(1000, (300,), device="cuda")
+    log_probs, entropy, *_ = _LogProbs.apply(
+        hidden, weight, None, targets, 0.7, 256, None, 1.0, ("log_probs", "entropy")
+    )
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = (wide[0] @ wide[1].T / 0.7).log_softmax(-1)
+    assert torch.allclose(log_probs.double(), expected.gather(-1, targets[:, None])[:, 0], atol=1e-3)
+    assert torch.allclose(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-3)
+    log_probs.sum().backward()
+    expected.gather(-1, targets[:, None]).sum().backward()
+    for ours, theirs in zip((hidden, weight), wide, strict=True):
+        assert (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm() < 1e-3

@@ -54,8 +54,9 @@ def gradient_report(model: nn.Module, tower_of: Callable[[str], str]) -> dict[st
 class GradientCheck(TrainerCallback):
     """Stops a run whose trained tower receives no gradient, naming the tower.
 
-    The trainer tells it what each batch held (``observe``): a vision tower owes no gradient to a batch without
-    images, and nothing owes one to a batch whose advantages are all zero, so the check waits for a batch that counts.
+    The trainer shows it every output of the model that the loss is made of (``watch``): a vision tower owes no
+    gradient to rows without images, and nothing owes one to rows that do not count (equal rewards, truncated and
+    masked completions), so the check waits for a row that counts.
 
     Args:
         tower_of: parameter name to tower name.
@@ -71,10 +72,24 @@ class GradientCheck(TrainerCallback):
         self.log = log
         self.saw_media = self.saw_signal = False
 
-    def observe(self, has_media: bool, has_signal: bool) -> None:
-        """Note one micro-batch: whether it held media, and whether any of its loss terms can be non-zero."""
-        self.saw_media |= has_media
-        self.saw_signal |= has_signal
+    def watch(self, outputs: torch.Tensor | None, has_media: list[bool]) -> None:
+        """Note which rows of ``outputs`` (B, T) the backward pass gives a gradient, and which of them hold media."""
+
+        def note(gradient: torch.Tensor) -> None:
+            for counts, media in zip(gradient.flatten(1).any(1).tolist(), has_media, strict=True):
+                self.saw_signal |= counts
+                self.saw_media |= counts and media
+
+        if self.pending and outputs is not None and outputs.requires_grad:
+            outputs.register_hook(note)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        assert model is not None, "the Trainer passes its model to every callback"
+        if self.pending and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise GradientError(
+                "The model has no trainable parameter. Switch on a LoRA part (lora.language or lora.vision), "
+                "or train without LoRA."
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         if self.pending or self.log is not None:
@@ -88,18 +103,14 @@ class GradientCheck(TrainerCallback):
         self.saw_media = self.saw_signal = False
 
     def _stop_on_silence(self, report: dict[str, TowerGradient]) -> None:
-        if not report:
-            raise GradientError(
-                "The model has no trainable parameter. Switch on a LoRA part (lora.language or lora.vision), "
-                "or train without LoRA."
-            )
-        due = {name: tower for name, tower in report.items() if self.saw_media or name not in ("vision", "projector")}
-        for name, tower in due.items():
+        for name, tower in report.items():  # before silence: clipping an infinite norm silences all the others
             if tower.non_finite:
                 raise GradientError(
                     f"{tower.non_finite} of {tower.trainable} trained parameters of the {name} tower have a NaN or "
                     "infinite gradient on step 1. Train in bf16 or fp32, or lower the learning rate."
                 )
+        due = {name: tower for name, tower in report.items() if self.saw_media or name not in ("vision", "projector")}
+        for name, tower in due.items():
             if tower.received == 0:
                 raise GradientError(
                     f"None of the {tower.trainable} trained parameters of the {name} tower received a gradient "

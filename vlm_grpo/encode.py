@@ -54,7 +54,9 @@ def encode(processor: Any, sample: Sample, tools: list | None = None, **template
         encoded = call(**arguments, return_tensors="pt")
     except (ValueError, TypeError, LookupError, TemplateError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise EncodingError(f"The processor refuses a row ({reason}) — {_where(sample)}. Change or remove it.") from error
+        raise EncodingError(
+            f"The processor refuses a row ({reason}) — {_where(sample)}. Change or remove it."
+        ) from error
     return _split(dict(encoded), sample)
 
 

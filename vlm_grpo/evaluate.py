@@ -1,7 +1,10 @@
 """Held-out accuracy by greedy decoding, with an interval, and with the media blanked as a control."""
 
+import asyncio
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +79,14 @@ def evaluate(
     scores: list[float | None] = []
     with _evaluation_mode(model):
         for batch in _batches(rows, batch_size):
-            samples = [to_sample(row) for row in batch]
+            samples = [
+                to_sample(row, where=f"row {n} of the evaluation") for n, row in enumerate(batch, len(answers) + 1)
+            ]
             encodings = [encode(processor, _blanked(sample) if blank else sample) for sample in samples]
             ids = _greedy_ids(model, processor, encodings, max_new_tokens)
             texts = _decode(processor, ids)
-            scores += score(**_reward_arguments(batch, samples, texts, ids))
+            values = score(**_reward_arguments(batch, samples, texts, ids))
+            scores += _awaited(values) if inspect.iscoroutine(values) else values
             answers += texts
             if progress is not None:
                 progress(len(answers))
@@ -121,7 +127,15 @@ def _reward_arguments(
         for sample, text in zip(samples, texts, strict=True)
     ]
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in _TRLS_OWN}
-    return {"prompts": [row["prompt"] for row in rows], "completions": completions, "completion_ids": ids, **columns}
+    logs = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    prompts = [row["prompt"] for row in rows]
+    return {"prompts": prompts, "completions": completions, "completion_ids": ids, **columns, **logs}
+
+
+def _awaited(coroutine: Any) -> Any:
+    """The result of an async reward; in a thread of its own, since a notebook runs a loop in this one."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
 
 
 def _batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:

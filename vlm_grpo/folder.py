@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,48 @@ _FREE_TO_CHANGE = ("output", "max_minutes")
 def open_run_folder(config: RunConfig, command: str, fresh: bool) -> Iterator[Path]:
     """The folder of a run, new or to be continued, locked against a second process.
 
+    A run that fails before its first step leaves everything as it was: the next try may have other options.
+
     Raises:
         CheckpointError: it belongs to another run or command, holds other files, or is in use.
     """
     folder = Path(config.output).expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_main_process():
+        yield folder
+        return
+    if not fresh:
+        check_run_folder(config, command)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
+    missing = [path for path in (Path(lock.lock_file), folder, *folder.parents) if not path.exists()]
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise CheckpointError(
             f"{folder}: another process is running here. Wait for it, or choose another output."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made ({error.strerror}). Choose another output folder.") from error
+    aside = _set_aside(folder) if fresh else None
     try:
-        if fresh:
-            _set_aside(folder)
         check_run_folder(config, command)
         folder.mkdir(exist_ok=True)
-        if not (folder / CONFIG).exists():
+        is_new = not (folder / CONFIG).exists()
+        if is_new:
             _write(folder / CONFIG, f"# vlm-grpo {command}\n{to_yaml(config)}")
-        yield folder
+        try:
+            yield folder
+        except Exception:
+            if is_new and not (folder / METRICS).exists() and not any(folder.glob("checkpoint-*")):
+                _take_back(folder, aside, missing)
+            raise
     finally:
         lock.release()
+
+
+def is_main_process() -> bool:
+    """Whether this process of a distributed run is the one that writes; a launcher sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_run_folder(config: RunConfig, command: str) -> None:
@@ -88,10 +109,26 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _set_aside(folder: Path) -> None:
+def _take_back(folder: Path, aside: Path | None, missing: list[Path]) -> None:
+    """Remove what a run wrote before its first step, and put the run that it was to replace back."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if aside is not None:
+        folder.rmdir()
+        os.rename(aside, folder)
+    with suppress(OSError):  # another run may have begun beside this one
+        for path in missing:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _set_aside(folder: Path) -> Path | None:
     if not folder.exists():
-        return
+        return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     os.rename(folder, aside)
+    return aside

@@ -20,9 +20,19 @@ from .callbacks import (
 from .checkpoint import find_checkpoint
 from .config import RunConfig, require, resolved
 from .data import load_data
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .evaluate import Evaluation, evaluate
-from .folder import CURVES, METRICS, RESULT, SAMPLES, check_run_folder, open_run_folder, read_json, write_json
+from .folder import (
+    CURVES,
+    METRICS,
+    RESULT,
+    SAMPLES,
+    check_run_folder,
+    is_main_process,
+    open_run_folder,
+    read_json,
+    write_json,
+)
 from .models import load_model
 from .progress import ProgressCallback
 from .report import draw_curves
@@ -30,7 +40,7 @@ from .rewards import load_rewards
 from .rewards.accuracy import accuracy
 from .sft import VLMSFTConfig, VLMSFTTrainer
 from .trainer import VLMGRPOTrainer, check_size
-from .trainer_config import VLMGRPOConfig, build_args
+from .trainer_config import VLMGRPOConfig, build_args, one_line
 
 logger = logging.getLogger("vlm_grpo")
 
@@ -118,6 +128,11 @@ class _Run:
         assert data.train is not None, "require() asked for it"
         self.data = load_data(data.train, data.split, data.limit)
         self.held_out = load_data(data.eval, data.eval_split or data.split) if data.eval else None
+        _check_trackers(self.args.report_to)
+        if self.args.eval_strategy != "no" and self.held_out is None:
+            raise ConfigError(
+                f"train.eval_strategy={self.args.eval_strategy.value} needs held-out rows. Give them as data.eval."
+            )
         if command == "train":
             self.args.reward_weights = self.weights
             check_size(self.data, self.args)
@@ -133,7 +148,7 @@ class _Run:
             evaluations = read_json(folder / "evaluation.json")
             if self.held_out is not None and "before" not in evaluations and checkpoint is None:
                 evaluations["before"] = _figures(self._evaluate(trainer, "held-out, before"))
-                write_json(folder / "evaluation.json", evaluations)
+                _write(folder / "evaluation.json", evaluations)
             stop, seconds = self._train(trainer, folder, checkpoint)
             return self._finish(trainer, folder, evaluations, stop, seconds)
 
@@ -149,8 +164,8 @@ class _Run:
 
     def _checkpoint(self, folder: Path, given: str | None) -> Path | None:
         if given is not None and given.lower() not in ("true", "latest"):
-            if not Path(given).is_dir():
-                raise CheckpointError(f'The checkpoint "{given}" is no folder. Correct the path.')
+            if not (Path(given) / "trainer_state.json").is_file():
+                raise CheckpointError(f'"{given}" is no checkpoint: it has no trainer_state.json. Correct the path.')
             return Path(given)
         checkpoint, torn = find_checkpoint(folder)
         for path in torn:
@@ -177,11 +192,20 @@ class _Run:
     def _trainer(self, model: Any, processor: Any) -> Any:
         from transformers import PrinterCallback
 
-        if self.command == "train":
-            evaluated = self.held_out if self.args.eval_strategy != "no" else None
-            trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor)
-        else:
-            trainer = VLMSFTTrainer(model, self.args, self.data, processing_class=processor)
+        evaluated = self.held_out if self.args.eval_strategy != "no" else None
+        try:
+            if self.command == "train":
+                trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor)
+            else:
+                trainer = VLMSFTTrainer(model, self.args, self.data, evaluated, processor)
+        except VLMGRPOError:
+            raise
+        except (
+            ValueError,
+            NotImplementedError,
+            ImportError,
+        ) as error:  # options that TRL or transformers refuse together
+            raise ConfigError(f"train: {one_line(error)}") from error
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -189,7 +213,8 @@ class _Run:
         metrics, samples = folder / METRICS, folder / SAMPLES
         step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
         for path in (metrics, samples):
-            cut_back(path, step)
+            if is_main_process():
+                cut_back(path, step)
         recorder = MetricsCallback(metrics)
         stop = StopCallback(self.config.max_minutes, recorder.seconds)
         callbacks: list[Any] = [recorder, SaveEvery(_SECONDS_BETWEEN_SAVES), stop]
@@ -205,6 +230,8 @@ class _Run:
         try:
             with graceful_signals(stop):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ImportError as error:  # an optimizer's package
+            raise ConfigError(f"train: {one_line(error)}") from error
         finally:
             progress.close()
         return stop, recorder.seconds()
@@ -217,11 +244,12 @@ class _Run:
             if self.held_out is not None:
                 evaluations["after"] = _figures(self._evaluate(trainer, "held-out, after"))
                 evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank images", blank=True))
-                write_json(folder / "evaluation.json", evaluations)
-            draw_curves(folder / METRICS, folder / CURVES)
+                _write(folder / "evaluation.json", evaluations)
+            if is_main_process():
+                draw_curves(folder / METRICS, folder / CURVES)
         last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
         result = RunResult(folder, trainer.state.global_step, seconds, last, evaluations, stop.reason)
-        write_json(folder / RESULT, {**asdict(result), "run_dir": str(folder)})
+        _write(folder / RESULT, {**asdict(result), "run_dir": str(folder)})
         return result
 
     def _evaluate(self, trainer: Any, title: str, blank: bool = False) -> Evaluation:
@@ -238,6 +266,23 @@ class _Run:
                 batch_size=_EVALUATION_BATCH,
                 max_new_tokens=length,
                 progress=lambda done: progress.update(task, completed=done),
+            )
+
+
+def _write(path: Path, value: Any) -> None:
+    if is_main_process():
+        write_json(path, value)
+
+
+def _check_trackers(names: Any) -> None:
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names:
+        if name not in available:
+            raise ConfigError(
+                f'train.report_to: "{name}" is not installed or not known here (installed: '
+                f"{', '.join(available) or 'none'}). Install it, or leave it out."
             )
 
 

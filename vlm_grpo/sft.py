@@ -18,10 +18,11 @@ from .checkpoint import ExactCheckpoints
 from .checks import GradientCheck
 from .data import MEDIA_COLUMNS, to_sample
 from .encode import EncodedPrompt, check_placeholders, collate, completion_ids, encode
-from .errors import ConfigError, DataFormatError
+from .errors import ConfigError, DataFormatError, UnsupportedError
 from .models.families import family_of, placeholder_ids, tower_of
 from .patches.trl import LOG_PROBS
-from .trainer_config import resolve_precision
+from .rewards.text import completion_text, written
+from .trainer_config import check_ranges, resolve_precision
 
 
 @dataclass
@@ -29,7 +30,7 @@ class VLMSFTConfig(TrainingArguments):
     """transformers' ``TrainingArguments`` and ours. Precision left unset follows the machine."""
 
     completion_column: str = field(
-        default="completion", metadata={"help": "Column with the text (or assistant messages) to learn."}
+        default="completion", metadata={"help": "Column with the text (or number, or messages) to learn."}
     )
     gradient_check: bool = field(
         default=True, metadata={"help": "Stop after the first backward pass when a trained tower received no gradient."}
@@ -42,6 +43,12 @@ class VLMSFTConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         resolve_precision(self)
+        check_ranges(self)
+        if self.label_smoothing_factor:
+            raise UnsupportedError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not available here: the log-probability head "
+                "keeps no other logits. Leave it out."
+            )
         super().__post_init__()
 
 
@@ -94,6 +101,7 @@ class VLMSFTTrainer(ExactCheckpoints):
             processing_class=processing_class,
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = True  # the fused head does, whatever the model says of its own loss
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         add_fused_lm_head(base)
         self.placeholder_ids = placeholder_ids(model.config, processing_class)
@@ -126,11 +134,12 @@ class VLMSFTTrainer(ExactCheckpoints):
         }
 
     def _encode_row(self, row: dict[str, Any]) -> tuple[EncodedPrompt, list[int]]:
-        completion = row.get(self.args.completion_column)
-        if not completion:
+        value = row.get(self.args.completion_column)
+        completion = completion_text(value) if isinstance(value, (str, list)) else written(value)
+        if value is None or not completion:
             raise DataFormatError(
-                f'A row has no "{self.args.completion_column}" to learn: {str(row.get("prompt"))[:80]}. Fill it in, '
-                "or remove the row."
+                f'A row has no text in "{self.args.completion_column}" to learn: {str(row.get("prompt"))[:80]}. '
+                "Fill it in, or remove the row."
             )
         sample = to_sample({key: row[key] for key in ("prompt", *MEDIA_COLUMNS) if key in row}, self.media_root)
         encoding = encode(self.processing_class, sample)
@@ -140,11 +149,13 @@ class VLMSFTTrainer(ExactCheckpoints):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        has_media = len(inputs.keys() - {"input_ids", "attention_mask", "labels", "mm_token_type_ids"}) > 0
-        if model.training:
-            self._gradient_check.observe(has_media, True)
-        outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        inputs = {**inputs, "fused_lm_head": True}
+        outputs: Any
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        rows, width = inputs["input_ids"].shape
+        has_media = any(v.shape[:2] != (rows, width) for v in inputs.values() if isinstance(v, Tensor))
+        self._gradient_check.watch(outputs.log_probs, [has_media] * rows)
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad():

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model, use_adapter
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, use_adapter
 
 from .checkpoint import EpochRepeatSampler, ExactCheckpoints
 from .checks import GradientCheck
@@ -79,7 +79,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         args: a ``VLMGRPOConfig``, or any ``GRPOConfig``.
         train_dataset: map-style or streaming.
         media_root: the folder that relative media paths start from; by default the current directory.
-        kwargs: the remaining arguments of TRL's ``GRPOTrainer``.
+        tools: functions that return text; see TRL for this and the other arguments.
 
     Raises:
         ConfigError: fewer rows than one generation batch needs, or arguments that cannot work together.
@@ -98,13 +98,20 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        *trl_args: Any,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Any] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
         media_root: str | Path | None = None,
-        **kwargs: Any,
     ) -> None:
         args = VLMGRPOConfig.of(args)
-        for name in ("rollout_func", "environment_factory"):
-            if kwargs.get(name) is not None:
+        for name, value in (("rollout_func", rollout_func), ("environment_factory", environment_factory)):
+            if value is not None:
                 raise UnsupportedError(
                     f"{name} has no multimodal test yet. Use reward_funcs, or TRL's own GRPOTrainer."
                 )
@@ -112,12 +119,11 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         LOG_PROBS.ensure()
         self.media_root = None if media_root is None else Path(media_root)
         adapters = _trainable_data(model)
-        reference = None if args.beta == 0 or isinstance(model, str) or is_peft_model(model) else copy.deepcopy(model)
-        if kwargs.get("peft_config") is not None:
-            reference = None
         beta, sync = args.beta, args.sync_ref_model
+        adapted = is_peft_model(model) or peft_config is not None  # then the base model is the reference
+        copies_reference = beta != 0 and not adapted and not isinstance(model, str)
         try:
-            if reference is not None:  # TRL would load it again from the path the model once came from
+            if copies_reference:  # TRL would load it again from the path the model once came from
                 args.beta, args.sync_ref_model = 0.0, False
             super().__init__(
                 model,
@@ -126,13 +132,17 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 train_dataset,
                 eval_dataset,
                 copy.deepcopy(processing_class),
-                *trl_args,
-                **kwargs,
+                reward_processing_classes,
+                callbacks,
+                optimizers,
+                quantization_config,
+                peft_config,
+                tools,
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
-        if reference is not None:
-            self._install_reference(reference)
+        if copies_reference:
+            self._install_reference()
         if not args.bf16 and _is_quantized(self.model):
             _undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
@@ -141,12 +151,12 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
-    def _install_reference(self, reference: Any) -> None:
-        """The frozen copy of the model as given, prepared as TRL prepares the one it loads."""
+    def _install_reference(self) -> None:
+        """A frozen copy of the model as given (TRL has changed no weight yet), prepared as TRL prepares one."""
         self.beta = self.args.beta
-        reference.requires_grad_(False)
-        if self.args.disable_dropout:
-            disable_dropout_in_model(reference)
+        reference: Any = copy.deepcopy(self.model).requires_grad_(False)
+        # TRL's fused forward, copied with the instance, still falls back on the policy's own forward.
+        reference.__dict__.pop("forward", None)
         add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
         if self.is_deepspeed_enabled:
             self.ref_model = prepare_deepspeed(reference, self.accelerator)
@@ -261,20 +271,18 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         self, inputs: list[_Row], prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         originals = [row.original for row in inputs]
-        if "answer" in originals[0]:  # TRL's table and samples.jsonl show it beside the completion
-            self._log_completion_extra("answer", [original["answer"] for original in originals])
         prompts = [original["prompt"] for original in originals]
-        return super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
+        rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
+        # TRL's table and samples.jsonl show it beside the completion, unless a reward has logged its own.
+        if "answer" in originals[0] and "answer" not in self._pending_extra_logs:
+            self._log_completion_extra("answer", [original["answer"] for original in originals])
+        return rewards
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        encodings = inputs["encodings"]
-        if self.model.training and self._gradient_check.pending:
-            has_signal = bool(inputs["advantages"].any()) or self.beta != 0 or self._entropy_bonus_enabled
-            self._gradient_check.observe(any(encoded.media for encoded in encodings), has_signal)
         # TRL hands this entry on to the method below untouched: the one way through its fixed list of arguments.
-        return super()._compute_loss(model, {**inputs, "num_images": encodings})
+        return super()._compute_loss(model, {**inputs, "num_images": inputs["encodings"]})
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -310,6 +318,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         logps = torch.cat([piece.log_probs[:, -logits_to_keep:] for piece in pieces])
         entropies = torch.cat([piece.entropy[:, -logits_to_keep:] for piece in pieces]) if compute_entropy else None
         aux_loss = torch.stack([piece.aux_loss for piece in pieces]).mean() if compute_aux_loss else None
+        for output in (logps, entropies):
+            self._gradient_check.watch(output, [bool(encoded.media) for encoded in num_images])
         return logps, entropies, aux_loss
 
     # ---- resume -------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import dataclasses
 import enum
+import math
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -55,12 +57,13 @@ class VLMGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
         _check_choices(self)
+        check_ranges(self)
         _check_groups(self)
         resolve_precision(self)
         try:
             super().__post_init__()
         except _REFUSALS as error:
-            raise ConfigError(_one_line(error)) from error
+            raise ConfigError(one_line(error)) from error
 
     @classmethod
     def of(cls, args: Any = None) -> "VLMGRPOConfig":
@@ -93,14 +96,16 @@ class VLMGRPOConfig(GRPOConfig):
                 config.__dict__[option.name] = default
         _refuse_unsupported(config)
         _check_choices(config)
+        check_ranges(config)
         return config
 
 
-_REFUSALS = (ValueError, NotImplementedError)
+_REFUSALS = (ValueError, NotImplementedError, ImportError, FileNotFoundError)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: Exception) -> str:
+    """A library's message as one line that ends like a sentence."""
+    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 def native_precision(use_cpu: bool = False) -> Precision:
@@ -177,6 +182,31 @@ def _no_choice(name: str, value: Any, choices: list[str]) -> str:
     return f'{name}="{value}" is none of its {len(choices)} values.{hint}'
 
 
+_TINY = sys.float_info.min
+# The least and the most that works. Torch and transformers look at these in the first step, or never.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "num_iterations", "max_completion_length"), (1, math.inf)),
+    **dict.fromkeys(("steps_per_generation", "generation_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "beta", "epsilon", "top_k"), (0, math.inf)),
+    **dict.fromkeys(("top_entropy_quantile", "min_p"), (0, 1)),
+    "temperature": (_TINY, math.inf),
+    "top_p": (_TINY, 1),
+    "seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, math.inf),
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse a number that cannot work, before a model is loaded."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            least = "more than 0" if low == _TINY else f"{low} or more"
+            most = "" if high == math.inf else f", at most {high}"
+            raise ConfigError(f"{name}={value}: needs {least}{most}. Correct the value.")
+
+
 def _check_groups(config: Any) -> None:
     """A generation batch must hold whole groups; TRL says so in terms the user may never have set."""
     if config.generation_batch_size is not None:
@@ -231,7 +261,7 @@ def build_args(cls: type[Args], options: dict[str, Any], **fixed: Any) -> Args:
     except (ConfigError, UnsupportedError):
         raise
     except _REFUSALS as error:
-        raise ConfigError(f"train: {_one_line(error)}") from error
+        raise ConfigError(f"train: {one_line(error)}") from error
 
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,7 @@ def _from_json(path: Path, limit: int | None) -> "Dataset":
     from datasets import Dataset
 
     rows = []
-    for number, row in _json_rows(path):
-        if limit is not None and len(rows) >= limit:
-            break
+    for number, row in islice(_json_rows(path), limit):
         where = f"{path} row {number}"
         sample = to_sample(row, root=path.parent, where=where)
         _check_files(sample, where)
@@ -117,8 +116,11 @@ def _from_datasets(path: Path, name: str, split: str) -> "Dataset":
 def _read_table(path: Path) -> "Dataset":
     import datasets
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import parquet
 
     try:
+        if path.suffix == ".parquet":
+            parquet.read_schema(path)  # datasets would log what is wrong with the file, beside raising it
         return datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train")
     except (ValueError, OSError, DatasetGenerationError) as error:
         reason = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)

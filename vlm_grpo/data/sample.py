@@ -48,7 +48,7 @@ def to_sample(row: dict[str, Any], root: Path | None = None, where: str = "") ->
     columns = {key: value for key, value in row.items() if key not in ("prompt", *MEDIA_COLUMNS)}
     if isinstance(prompt, str):
         return Sample(prompt, media, columns)
-    messages = _fill_slots(prompt, media, root, where)
+    messages = _fill_slots(list(prompt), media, root, where)
     return Sample(messages, [part["image"] for part in _all_parts(messages) if part["type"] == "image"], columns)
 
 

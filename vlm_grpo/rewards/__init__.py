@@ -3,9 +3,11 @@
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,19 +80,57 @@ def _checked(function: Callable[..., Any], spec: RewardSpec) -> Callable[..., li
     """Bind the spec's arguments; name the reward in whatever it does wrong."""
     label = spec.name.rpartition(":")[2]
 
-    @functools.wraps(function)
-    def reward(*args: Any, **columns: Any) -> list[float | None]:
-        try:
-            values = function(*args, **{**columns, **spec.kwargs})
-        except Exception as error:  # a user's function may raise anything
-            raise RewardError(f'The reward "{spec.name}" failed with {_named(error)}. Fix it there.') from error
+    def check(values: Any, completions: Any) -> list[float | None]:
+        if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+            raise RewardError(
+                f'The reward "{spec.name}" returned {values!r}. Return a list, one number per completion.'
+            )
+        values = list(values)
+        if completions is not None and len(values) != len(completions):
+            raise RewardError(
+                f'The reward "{spec.name}" returned {len(values)} values for {len(completions)} completions. '
+                "Return one per completion."
+            )
         for value in values:
-            if value is not None and not math.isfinite(value):
+            if value is not None and not _is_finite(value):
                 raise RewardError(f'The reward "{spec.name}" returned {value}. Return a finite number, or None.')
         return values
 
-    reward.__name__ = reward.__qualname__ = label
-    return reward
+    @contextmanager
+    def naming() -> Iterator[None]:
+        try:
+            yield
+        except RewardError as error:
+            raise RewardError(f'The reward "{spec.name}": {error}') from error
+        except Exception as error:  # a user's function may raise anything
+            raise RewardError(f'The reward "{spec.name}" failed with {_named(error)}. Fix it there.') from error
+
+    @functools.wraps(function)
+    def reward(*args: Any, **columns: Any) -> list[float | None]:
+        with naming():
+            values = function(*args, **{**columns, **spec.kwargs})
+        return check(values, columns.get("completions"))
+
+    @functools.wraps(function)
+    async def async_reward(*args: Any, **columns: Any) -> list[float | None]:
+        with naming():
+            values = await function(*args, **{**columns, **spec.kwargs})
+        return check(values, columns.get("completions"))
+
+    checked: Any = async_reward if _is_async(function) else reward
+    checked.__name__ = checked.__qualname__ = label
+    return checked
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)  # noqa: B004
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def _named(error: Exception) -> str:

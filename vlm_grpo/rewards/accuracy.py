@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import RewardError
-from .text import answer_body, completion_text, normalized
+from .text import answer_body, completion_text, normalized, written
 
 
 def accuracy(completions: list[Any], column: str = "answer", **columns: Any) -> list[float | None]:
@@ -20,10 +20,16 @@ def accuracy(completions: list[Any], column: str = "answer", **columns: Any) -> 
         RewardError: the dataset has no such column.
     """
     if column not in columns:
-        known = [key for key, value in columns.items() if isinstance(value, list) and key != "completion_ids"]
-        raise RewardError(f'there is no column "{column}" (the rows have: {", ".join(known)})')
+        known = [
+            key
+            for key, value in columns.items()
+            if isinstance(value, list) and key not in ("prompts", "completion_ids")
+        ]
+        raise RewardError(
+            f'there is no column "{column}" (the rows have: {", ".join(known) or "none"}). Name the right one.'
+        )
     return [
-        None if answer is None else _is_right(completion_text(completion), str(answer))
+        None if answer is None else _is_right(completion_text(completion), written(answer))
         for completion, answer in zip(completions, columns[column], strict=True)
     ]
 
