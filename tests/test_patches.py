@@ -405,3 +405,65 @@ def test_the_real_unsloth_loads_trains_and_reloads_every_adapter(tmp_path):
     assert seen["untrained"] == [] and seen["untrained_again"] == []
     assert seen["reload"] == 0 and seen["checkpointing"] and seen["scaling"] == 2.0
     assert seen["seed"] == 11  # the caller's seed survives
+
+
+TRAINS = """
+    import json, logging, types
+    import torch
+    torch.cuda.get_device_properties = lambda *a, **k: types.SimpleNamespace(
+        name="none", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1, warp_size=32,
+        max_threads_per_multi_processor=2048, gcnArchName="", shared_memory_per_block_optin=101376,
+        shared_memory_per_block=49152, regs_per_multiprocessor=65536, L2_cache_size=1 << 20, is_integrated=0)
+    import os
+    import unsloth
+    os.environ["UNSLOTH_ALLOW_CPU"] = "0"
+    from unsloth.models.rl import PatchFastRL
+    PatchFastRL(FastLanguageModel=unsloth.FastVisionModel)
+    os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+    import trl
+    import reference, recorder, tiny
+    from datasets import Dataset
+    from test_exact import differences, rows
+    from vlm_grpo import LoraOptions, VLMGRPOTrainer
+    from vlm_grpo.models import unsloth as backend
+
+    tiny.save("qwen2_5_vl", "model")
+    lora = LoraOptions(r=4, alpha=8, vision=True)
+    model, processor = backend.load(os.path.abspath("model"), False, lora, "float32", 512, True)
+    data = rows("mixed")
+    trainer = recorder.Recorder(
+        model, recorder.reward, recorder.config("out", max_steps=2, beta=0.1, gradient_checkpointing=True),
+        Dataset.from_list(data), None, processor)
+    trainer.train()
+    base = trainer.model.get_base_model()
+    modes = {layer.training for name, layer in base.named_modules() if name.endswith(("layers.0", "blocks.0"))}
+    print(json.dumps({
+        "replaced": trl.GRPOTrainer.__module__,
+        "own": [cls.__module__ for cls in VLMGRPOTrainer.__mro__ if cls.__name__ == "GRPOTrainer"],
+        "modes": sorted(modes),
+        "difference": max(differences(trainer, processor, data)),
+        "steps": trainer.state.global_step,
+        "norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
+        "kl": [log["kl"] for log in trainer.state.log_history if "kl" in log],
+    }))
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_runs_on_the_real_unsloth(tmp_path):
+    # covers U2 U5; Unsloth has replaced trl.GRPOTrainer, and its generate leaves a model in inference mode
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    switches = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parent), str(README.parents[1])])
+    environment = {**os.environ, **switches, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRAINS)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert "trl.trainer" not in seen["replaced"] and seen["own"][0].startswith("trl.trainer")
+    assert seen["modes"] == [True], "layers in inference mode are not checkpointed"
+    assert seen["difference"] <= 1e-4
+    assert seen["steps"] == 2 and all(norm > 0 for norm in seen["norms"])
+    assert seen["kl"][0] == pytest.approx(0, abs=1e-6)

@@ -21,6 +21,9 @@ from .report import draw_curves, read_jsonl
 Wish = TypeVar("Wish", bool, str | None)
 
 
+_HISTORY = 200  # log entries that a checkpoint keeps
+
+
 def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Append one line an object; NaN and infinity, which JSON does not have, become ``null``."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,8 @@ class MetricsCallback(TrainerCallback):
             return
         head = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds(), 3)}
         append_jsonl(self.path, [{**head, **logs}])
+        # Every checkpoint writes the history anew; the file above holds all of it.
+        del state.log_history[:-_HISTORY]
 
 
 class SamplesCallback(TrainerCallback):
@@ -273,7 +278,7 @@ def graceful_signals(callback: StopCallback) -> Iterator[None]:
                 os.kill(os.getpid(), number)
             return
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        if name == callback.reason == "Ctrl-C":
+        if name == "Ctrl-C" and callback.reason is not None:
             raise KeyboardInterrupt
         callback.reason = callback.reason or name
         # Not print: the signal may have come in the middle of one, which Python's buffers do not survive.

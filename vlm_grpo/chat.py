@@ -6,9 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.prompt import Prompt
 
+from .config import load_config
 from .data import to_sample
 from .encode import encode
 from .evaluate import greedy
+from .folder import CONFIG
 from .models import load_model
 
 _LEAVE = {"", "exit", "quit", "/exit", "/quit"}
@@ -29,7 +31,7 @@ def chat(run: str, images: list[str], prompt: str | None = None, max_new_tokens:
     Raises:
         MediaError: a picture that cannot be opened.
     """
-    model, processor = load_model(run)
+    model, processor = load_model(run, **_as_trained(run))
     model.eval()
     console, answer = Console(), ""
     messages: list[dict[str, Any]] = []
@@ -43,6 +45,15 @@ def chat(run: str, images: list[str], prompt: str | None = None, max_new_tokens:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         question = None if prompt is not None else _ask()
     return answer
+
+
+def _as_trained(run: str) -> dict[str, Any]:
+    """How a run loaded its model: answers from other weights would not be those that were trained and measured."""
+    file = Path(run).expanduser() / CONFIG
+    if not file.is_file():
+        return {}
+    config = load_config(file)
+    return {"load_in_4bit": config.load_in_4bit, "dtype": config.dtype, "backend": config.backend}
 
 
 def _ask() -> str | None:

@@ -124,6 +124,9 @@ class ExactCheckpoints(Trainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:  # a full disk must not stay full
+            shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
+            raise
         finally:
             self._saving = False
         torch.save(self._resume_state(), partial / self._resume_file())
@@ -157,6 +160,11 @@ class ExactCheckpoints(Trainer):
         file = checkpoint / self._resume_file()
         if file.is_file():
             self._load_resume_state(torch.load(file, map_location="cpu", weights_only=True))
+        elif (checkpoint / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{checkpoint} has no state for process {self.args.process_index} of {self.args.world_size}: it was "
+                "written by fewer. Continue with as many processes as before."
+            )
 
 
 def _restore_root_adapter(model: Any, checkpoint: Path) -> None:

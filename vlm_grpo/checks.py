@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import GradientError
+from .errors import ConfigError, GradientError
 
 
 @dataclass
@@ -92,7 +92,7 @@ class GradientCheck(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if self.pending or self.log is not None:
+        if (self.pending and self.saw_signal) or self.log is not None:
             assert model is not None, "the Trainer passes its model to every callback"
             report = gradient_report(model, self.tower_of)
             if self.log is not None:
@@ -120,6 +120,17 @@ class GradientCheck(TrainerCallback):
                 )
         # Towers that only media reach stay owed until a batch with media has come.
         self.pending = len(due) < len(report)
+
+
+class StepsCheck(TrainerCallback):
+    """A run without a single step is an error: a streaming dataset may be too small for one generation batch."""
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 0 and state.max_steps > 0:
+            raise ConfigError(
+                "No step was taken: the dataset has fewer rows than one generation batch needs. Add rows, or lower "
+                "generation_batch_size."
+            )
 
 
 def _log(report: dict[str, TowerGradient], log: Callable[[str, float], None]) -> None:

@@ -178,7 +178,7 @@ def _run(
     for note in resolved.notes:
         err.print(f"Note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    _quieten_imports()
+    _set_up_logging()
     from . import run
 
     if dry_run:
@@ -213,10 +213,21 @@ app.command(
 )(_run)
 
 
-def _quieten_imports() -> None:
-    """Keep what two libraries warn about while they are imported off the screen: nobody here can act on it."""
+class _OnScreen(logging.Handler):
+    """Our own log lines (the backend and why, a resumed checkpoint), on the standard error stream."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def _set_up_logging() -> None:
+    # What two libraries warn about while they are imported stays off the screen: nobody here can act on it.
     for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    ours = logging.getLogger("vlm_grpo")
+    ours.setLevel(logging.INFO)
+    if not any(isinstance(handler, _OnScreen) for handler in ours.handlers):
+        ours.addHandler(_OnScreen())
 
 
 def _checkpoint(path: str | None, fresh: bool) -> str | None:
@@ -269,7 +280,7 @@ def chat(
     ] = 256,
 ) -> None:
     """Talk to a trained model."""
-    _quieten_imports()
+    _set_up_logging()
     from . import chat as chats
 
     chats.chat(run, image or [], prompt, max_new_tokens)
@@ -284,7 +295,7 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters.")] = False,
 ) -> None:
     """Teach a tiny model to read real handwritten digits, in minutes, on any computer."""
-    _quieten_imports()
+    _set_up_logging()
     from . import demo as demos
 
     demos.demo(modality=modality, seed=seed, output=output, as_json=as_json, full=full)

@@ -37,6 +37,7 @@ _WARM = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "completion_column": "answer",
+    "per_device_eval_batch_size": 64,
 }
 _GRPO = {
     "max_steps": 200,
@@ -47,6 +48,7 @@ _GRPO = {
     "max_grad_norm": 1.0,
     "max_completion_length": 2,
     "save_steps": 50,
+    "per_device_eval_batch_size": 64,
     "gradient_checkpointing": False,  # there is memory to spare, and not a second
 }
 _LORA = {"r": 32, "alpha": 32, "targets": "all-linear"}  # the projector too

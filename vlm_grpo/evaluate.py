@@ -61,6 +61,7 @@ def evaluate(
     blank: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    template: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer every row greedily and count the right answers.
@@ -73,6 +74,7 @@ def evaluate(
         blank: replace every image by a black one of its size: what is left is what the text alone gives away.
         batch_size: rows per ``generate`` call.
         max_new_tokens: length limit of an answer.
+        template: keyword arguments of the chat template, as in training (``chat_template_kwargs``).
         progress: called with the number of rows done after each batch.
     """
     answers: list[str] = []
@@ -82,7 +84,9 @@ def evaluate(
             samples = [
                 to_sample(row, where=f"row {n} of the evaluation") for n, row in enumerate(batch, len(answers) + 1)
             ]
-            encodings = [encode(processor, _blanked(sample) if blank else sample) for sample in samples]
+            encodings = [
+                encode(processor, _blanked(sample) if blank else sample, **(template or {})) for sample in samples
+            ]
             ids = _greedy_ids(model, processor, encodings, max_new_tokens)
             texts = _decode(processor, ids)
             values = score(**_reward_arguments(batch, samples, texts, ids))

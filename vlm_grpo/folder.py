@@ -1,5 +1,6 @@
 """The run folder: opened for one process, compared with the config it was started with, never deleted."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,9 @@ from .config import RunConfig, diff, load_config, to_yaml
 from .errors import CheckpointError
 
 CONFIG, RESULT, METRICS, SAMPLES, CURVES = "config.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "curves.png"
+INPUTS, EVALUATION = "inputs.json", "evaluation.json"
+# What a run has written before its first step; "completions" is TRL's.
+_BEFORE_TRAINING = {CONFIG, INPUTS, EVALUATION, "completions"}
 # Neither changes what is learned: a run may be moved, and continued with another time limit.
 _FREE_TO_CHANGE = ("output", "max_minutes")
 
@@ -27,7 +31,7 @@ def open_run_folder(config: RunConfig, command: str, fresh: bool) -> Iterator[Pa
     Raises:
         CheckpointError: it belongs to another run or command, holds other files, or is in use.
     """
-    folder = Path(config.output).expanduser()
+    folder = run_folder(config)
     if not is_main_process():
         yield folder
         return
@@ -54,11 +58,16 @@ def open_run_folder(config: RunConfig, command: str, fresh: bool) -> Iterator[Pa
         try:
             yield folder
         except Exception:
-            if is_new and not (folder / METRICS).exists() and not any(folder.glob("checkpoint-*")):
+            if is_new and {path.name for path in folder.iterdir()} <= _BEFORE_TRAINING:
                 _take_back(folder, aside, missing)
             raise
     finally:
         lock.release()
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The absolute path of the run's folder."""
+    return Path(config.output).expanduser().resolve()
 
 
 def is_main_process() -> bool:
@@ -68,7 +77,7 @@ def is_main_process() -> bool:
 
 def check_run_folder(config: RunConfig, command: str) -> None:
     """Raise ``CheckpointError`` unless the run may start, or continue, in its output folder."""
-    folder = Path(config.output).expanduser()
+    folder = run_folder(config)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -91,6 +100,23 @@ def check_run_folder(config: RunConfig, command: str) -> None:
             f"{folder} was started with other options ({'; '.join(changes)}). Give the old ones to continue it, "
             "choose another output, or add --fresh to set the old folder aside."
         )
+
+
+def check_inputs(folder: Path, files: list[Path]) -> None:
+    """Remember the run's data and reward files; raise ``CheckpointError`` when one is not what the run began with.
+
+    A changed row would shift the order in which the rows come, and a changed reward would change what is learned.
+    """
+    now = {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    before = read_json(folder / INPUTS)
+    changed = [path for path, digest in before.items() if now.get(path, digest) != digest]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was started with another content of {' and '.join(changed)}. Put it back to continue the run, "
+            "choose another output, or add --fresh to set the old folder aside."
+        )
+    if not before:
+        write_json(folder / INPUTS, now)
 
 
 def write_json(path: Path, value: Any) -> None:

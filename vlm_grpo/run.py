@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,26 @@ from .callbacks import (
     cut_back,
     graceful_signals,
 )
-from .checkpoint import find_checkpoint
+from .checkpoint import MANIFEST, find_checkpoint, is_whole
 from .config import RunConfig, require, resolved
 from .data import load_data
 from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .evaluate import Evaluation, evaluate
 from .folder import (
     CURVES,
+    EVALUATION,
     METRICS,
     RESULT,
     SAMPLES,
+    check_inputs,
     check_run_folder,
     is_main_process,
     open_run_folder,
     read_json,
+    run_folder,
     write_json,
 )
-from .models import load_model
+from .models import is_adapter, load_model
 from .progress import ProgressCallback
 from .report import draw_curves
 from .rewards import load_rewards
@@ -54,7 +58,14 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 _SECONDS_BETWEEN_SAVES = 120.0
-_EVALUATION_BATCH = 32
+# Options whose values a run writes down also where they are a library's defaults, which the next version may change.
+_WRITTEN = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("num_generations", "generation_batch_size", "num_iterations", "max_completion_length", "temperature", "top_p"),
+    *("beta", "epsilon", "loss_type", "scale_rewards", "gradient_checkpointing", "disable_dropout"),
+    *_RUN_DEFAULTS,
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,8 @@ def sft(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str |
 def plan(config: RunConfig, command: str) -> dict[str, Any]:
     """What the run would do, checked as far as it can be without loading the model; touches nothing."""
     run = _Run(config, command)
-    check_run_folder(config, command)
-    checkpoint, _ = find_checkpoint(Path(config.output))
+    check_run_folder(run.config, command)
+    checkpoint, _ = find_checkpoint(run_folder(config))
     args = run.args
     rows = {
         "training rows": len(run.data),
@@ -111,7 +122,7 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
         per_step = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * generations * per_step)
         rows |= {"prompts per generation": prompts, "completions per prompt": args.num_generations, "steps": steps}
-    return {**resolved(config), **rows}
+    return {**resolved(run.config), **rows}
 
 
 class _Run:
@@ -119,10 +130,11 @@ class _Run:
 
     def __init__(self, config: RunConfig, command: str) -> None:
         require(config, command)
-        self.config, self.command = config, command
+        self.command = command
         options = {**_RUN_DEFAULTS, **config.train}
         cls = VLMGRPOConfig if command == "train" else VLMSFTConfig
-        self.args: Any = build_args(cls, options, output_dir=config.output)
+        self.args: Any = build_args(cls, options, output_dir=str(run_folder(config)))
+        self.config = config.model_copy(update={"train": {**_effective(self.args), **config.train}})
         self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
         data = config.data
         assert data.train is not None, "require() asked for it"
@@ -139,18 +151,26 @@ class _Run:
 
     def go(self, fresh: bool, resume_from_checkpoint: str | None) -> RunResult:
         with open_run_folder(self.config, self.command, fresh) as folder:
+            self.args.distributed_state.wait_for_everyone()  # the first process may have set the old folder aside
+            if is_main_process():
+                check_inputs(folder, self._input_files())
             done = read_json(folder / RESULT)
-            if done and self._is_over(done):
+            if done and resume_from_checkpoint is None and self._is_over(done):
                 return RunResult(**{**done, "run_dir": folder})
             checkpoint = self._checkpoint(folder, resume_from_checkpoint)
             model, processor = self._load()
             trainer = self._trainer(model, processor)
-            evaluations = read_json(folder / "evaluation.json")
+            evaluations = read_json(folder / EVALUATION)
             if self.held_out is not None and "before" not in evaluations and checkpoint is None:
                 evaluations["before"] = _figures(self._evaluate(trainer, "held-out, before"))
-                _write(folder / "evaluation.json", evaluations)
+                _write(folder / EVALUATION, evaluations)
             stop, seconds = self._train(trainer, folder, checkpoint)
             return self._finish(trainer, folder, evaluations, stop, seconds)
+
+    def _input_files(self) -> list[Path]:
+        rewards = [spec.name.rpartition(":")[0] for spec in self.config.rewards]
+        names = [self.config.data.train, self.config.data.eval, *rewards]
+        return [Path(name).expanduser() for name in names if name]
 
     def _is_over(self, done: dict[str, Any]) -> bool:
         folder, limit = self.config.output, self.config.max_minutes
@@ -164,9 +184,17 @@ class _Run:
 
     def _checkpoint(self, folder: Path, given: str | None) -> Path | None:
         if given is not None and given.lower() not in ("true", "latest"):
+            if not Path(given).is_dir():
+                raise CheckpointError(f'The checkpoint "{given}" is no folder. Correct the path.')
             if not (Path(given) / "trainer_state.json").is_file():
                 raise CheckpointError(f'"{given}" is no checkpoint: it has no trainer_state.json. Correct the path.')
-            return Path(given)
+            if (Path(given) / MANIFEST).is_file() and not is_whole(Path(given)):
+                raise CheckpointError(
+                    f'The checkpoint "{given}" is torn. Leave the option out to take the newest whole.'
+                )
+            if is_main_process():
+                _leave_branch(folder, Path(given).resolve())
+            return Path(given).resolve()
         checkpoint, torn = find_checkpoint(folder)
         for path in torn:
             logger.warning("%s is torn (a file of its manifest is missing or has another size): ignored.", path)
@@ -184,10 +212,15 @@ class _Run:
             backend=config.backend,
             load_in_4bit=config.load_in_4bit,
             lora=config.lora,
-            dtype=config.dtype,
+            dtype=self._dtype(),
             max_seq_length=config.max_seq_length,
             gradient_checkpointing=self.args.gradient_checkpointing,
         )
+
+    def _dtype(self) -> Any:
+        """fp32 where the weights themselves are trained: half precision would round the optimizer's updates away."""
+        trains_weights = self.config.lora is None and not self.config.load_in_4bit and not is_adapter(self.config.model)
+        return "float32" if trains_weights and self.config.dtype == "auto" else self.config.dtype
 
     def _trainer(self, model: Any, processor: Any) -> Any:
         from transformers import PrinterCallback
@@ -244,7 +277,7 @@ class _Run:
             if self.held_out is not None:
                 evaluations["after"] = _figures(self._evaluate(trainer, "held-out, after"))
                 evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank images", blank=True))
-                _write(folder / "evaluation.json", evaluations)
+                _write(folder / EVALUATION, evaluations)
             if is_main_process():
                 draw_curves(folder / METRICS, folder / CURVES)
         last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
@@ -261,12 +294,29 @@ class _Run:
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.processing_class,
                 self.held_out,
-                score=self.rewards[0] if self.rewards else accuracy,
+                score=self.rewards[0] if self.rewards else partial(accuracy, column=self.args.completion_column),
                 blank=blank,
-                batch_size=_EVALUATION_BATCH,
+                batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=length,
+                template=getattr(self.args, "chat_template_kwargs", None),
                 progress=lambda done: progress.update(task, completed=done),
             )
+
+
+def _effective(args: Any) -> dict[str, Any]:
+    values = {name: getattr(args, name) for name in _WRITTEN if hasattr(args, name)}
+    return {name: getattr(value, "value", value) for name, value in values.items() if name != "report_to"}
+
+
+def _leave_branch(folder: Path, checkpoint: Path) -> None:
+    """Set newer checkpoints of this run aside: the run goes on from an older one, on another branch."""
+    for path in folder.glob("checkpoint-*") if checkpoint.parent == folder else ():
+        if path.name[11:].isdigit() and int(path.name[11:]) > int(checkpoint.name[11:]):
+            number = 1
+            while (aside := folder / f"left-{path.name}-{number}").exists():
+                number += 1
+            path.rename(aside)
+    (folder / RESULT).unlink(missing_ok=True)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, 
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, use_adapter
 
 from .checkpoint import EpochRepeatSampler, ExactCheckpoints
-from .checks import GradientCheck
+from .checks import GradientCheck, StepsCheck
 from .data import MEDIA_COLUMNS, Sample, to_sample
 from .encode import EncodedPrompt, check_placeholders, collate, encode, pack_rollout, unpack_rollout
 from .errors import ConfigError, DataFormatError, UnsupportedError
@@ -117,6 +117,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 )
         check_size(train_dataset, args)
         LOG_PROBS.ensure()
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root)
         adapters = _trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
@@ -143,7 +145,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             args.beta, args.sync_ref_model = beta, sync
         if copies_reference:
             self._install_reference()
-        if not args.bf16 and _is_quantized(self.model):
+        if _is_quantized(self.model):
             _undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
         self._install_checks()
@@ -154,7 +156,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
     def _install_reference(self) -> None:
         """A frozen copy of the model as given (TRL has changed no weight yet), prepared as TRL prepares one."""
         self.beta = self.args.beta
-        reference: Any = copy.deepcopy(self.model).requires_grad_(False)
+        reference: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
         # TRL's fused forward, copied with the instance, still falls back on the policy's own forward.
         reference.__dict__.pop("forward", None)
         add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
@@ -175,10 +177,12 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         def log(name: str, value: float) -> None:
             self._metrics["train"][name].append(value)
 
+        check = self.args.gradient_check and not self.is_deepspeed_enabled  # which keeps gradients to itself
         self._gradient_check = GradientCheck(
-            lambda name: tower_of(family, name), self.args.gradient_check, log if self.args.gradient_report else None
+            lambda name: tower_of(family, name), check, log if self.args.gradient_report else None
         )
         self.add_callback(self._gradient_check)
+        self.add_callback(StepsCheck)
 
     def _suppress_placeholders(self) -> None:
         """A sampled media placeholder would crash the next forward, or read another row's features."""
@@ -242,7 +246,12 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if encodings is None:
             raise UnsupportedError("A tool returned an image, which has no test yet. Return text from tools.")
         extra = [len(ids) - len(encoded.input_ids) for ids, encoded in zip(prompt_ids, encodings, strict=True)]
-        return super()._generate_single_turn(prompt_ids, None, collate(encodings, extra=extra), *args, **kwargs)
+        training = self.model.training
+        try:
+            return super()._generate_single_turn(prompt_ids, None, collate(encodings, extra=extra), *args, **kwargs)
+        finally:
+            # Unsloth's generate leaves the base in inference mode, which would end gradient checkpointing for good.
+            self.model.train(training)
 
     def _add_old_and_ref_logps(self, batch: dict[str, Any]) -> None:
         """The two log-probabilities that TRL takes before it has the encodings, under TRL's own conditions."""
@@ -325,7 +334,11 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
     # ---- resume -------------------------------------------------------------------------------------------------
 
     def _resume_state(self) -> dict[str, Any]:
-        state = {"step": self._step, "metrics": {k: list(v) for k, v in self._metrics["train"].items()}}
+        state = {
+            "step": self._step,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "entropy": (self.entropy_coef, self._last_world_entropy),
+        }
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"] = pack_rollout(self._buffered_inputs)
         return state
@@ -333,6 +346,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
     def _load_resume_state(self, state: dict[str, Any]) -> None:
         self._step = state["step"]
         self._metrics["train"].update(state["metrics"])
+        self.entropy_coef, self._last_world_entropy = state["entropy"]
         if "rollout" in state:
             self._buffered_inputs = unpack_rollout(state["rollout"], self.accelerator.device)
 
@@ -365,7 +379,7 @@ def _trainable_data(model: Any) -> dict[str, Tensor]:
 
 
 def _undo_bf16_adapters(model: Any, data: dict[str, Tensor]) -> None:
-    """Where bf16 is not native, adapters in bf16 are slow and imprecise: back to what they were."""
+    """Back to what they were: bf16 has 8 bits, which lose a usual learning rate's updates, and CPUs lack it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = data[name] if name in data else parameter.data.float()

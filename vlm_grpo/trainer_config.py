@@ -227,6 +227,7 @@ _OURS = {
     "output_dir": 'give "output" instead',
     "reward_weights": 'give weights under "rewards" instead',
     "model_init_kwargs": 'the model is loaded from "model", "dtype", "load_in_4bit" and "backend"',
+    "save_only_model": "such a checkpoint could not continue the run; the run folder itself is the model",
     "resume_from_checkpoint": "the same command again resumes; for one checkpoint give --resume-from-checkpoint PATH",
 }
 # TRL takes these too, whatever the annotation says.

@@ -18,7 +18,7 @@ _TABLES = {".parquet": "parquet", ".csv": "csv"}
 def load_data(name_or_path: str, split: str = "train", limit: int | None = None) -> "Dataset":
     """Load and check a dataset: a .jsonl, .json, .parquet or .csv file, a folder, or a Hugging Face dataset name.
 
-    Rows of a .jsonl or .json file come back in one canonical form: ``prompt`` with list contents, ``images`` as
+    Rows of a .jsonl or .json file come back in one canonical form: ``prompt`` with list contents, media as
     absolute paths (a relative path starts at the file's folder), and every other column unchanged.
 
     Args:
@@ -50,7 +50,8 @@ def _from_json(path: Path, limit: int | None) -> "Dataset":
         where = f"{path} row {number}"
         sample = to_sample(row, root=path.parent, where=where)
         _check_files(sample, where)
-        rows.append(_canonical(sample))
+        is_one = isinstance(row.get("image"), str) and len(sample.media) == 1
+        rows.append(_canonical(sample, "image" if is_one else "images"))
     if not rows:
         raise DataFormatError(f"{path} has no rows. Give at least one.")
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -164,7 +165,8 @@ def _check_files(sample: Sample, where: str) -> None:
             raise MediaError(f'{where}: the image "{medium.label}" does not exist. Correct the path or remove the row.')
 
 
-def _canonical(sample: Sample) -> dict[str, Any]:
+def _canonical(sample: Sample, column: str) -> dict[str, Any]:
+    """``column`` is the row's own name for its media, under which a reward expects them."""
     if isinstance(sample.prompt, str):
         prompt: Any = sample.prompt
     else:
@@ -176,7 +178,9 @@ def _canonical(sample: Sample) -> dict[str, Any]:
     paths = [str(medium.source.resolve()) if isinstance(medium.source, Path) else None for medium in sample.media]
     if None in paths:
         raise DataFormatError("A JSON row can only name images by path. Write the image to a file and give its path.")
-    return {"prompt": prompt, "images": paths, **sample.columns}
+    if not paths:
+        return {"prompt": prompt, **sample.columns}
+    return {"prompt": prompt, column: paths[0] if column == "image" else paths, **sample.columns}
 
 
 def _mixed_types(path: Path, rows: list[dict[str, Any]], columns: list[str], error: Exception) -> str:

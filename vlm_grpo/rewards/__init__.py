@@ -32,7 +32,12 @@ def load_rewards(specs: Sequence[RewardSpec | str]) -> tuple[list[Callable[..., 
     if not specs:
         raise RewardError(f'No reward is given. Name at least one: {", ".join(BUILT_IN)}, or "file.py:function".')
     specs = [RewardSpec(name=spec) if isinstance(spec, str) else spec for spec in specs]
-    return [_checked(_resolve(spec.name), spec) for spec in specs], [spec.weight for spec in specs]
+    labels: list[str] = []
+    for spec in specs:  # TRL keeps metrics and samples by name: two rewards of one name would overwrite each other
+        label = spec.name.rpartition(":")[2]
+        labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
+    functions = [_checked(_resolve(spec.name), spec, label) for spec, label in zip(specs, labels, strict=True)]
+    return functions, [spec.weight for spec in specs]
 
 
 def _resolve(name: str) -> Callable[..., Any]:
@@ -76,9 +81,8 @@ def _module(place: str, name: str) -> ModuleType:
         ) from error
 
 
-def _checked(function: Callable[..., Any], spec: RewardSpec) -> Callable[..., list[float | None]]:
+def _checked(function: Callable[..., Any], spec: RewardSpec, label: str) -> Callable[..., list[float | None]]:
     """Bind the spec's arguments; name the reward in whatever it does wrong."""
-    label = spec.name.rpartition(":")[2]
 
     def check(values: Any, completions: Any) -> list[float | None]:
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
