@@ -189,8 +189,8 @@ def test_one_sentence_exit_code_2_and_nothing_written(case: str, folder: Path):
     *progress, message = result.stderr.strip().splitlines()
     assert re.search(sentence, message), message
     assert "Traceback" not in result.output and message.endswith((".", "?", ")"))
-    # Some rows are first looked at in the first step, when the run has said that it begins.
-    assert not progress or re.fullmatch(r"(train|sft): \d+ steps?", "\n".join(progress)), progress
+    # Some rows are first looked at in the first step, when the run has said what loaded the model and that it begins.
+    assert all(re.fullmatch(r"Backend: .*\.|(train|sft): \d+ steps?", line) for line in progress), progress
 
 
 def test_there_are_more_than_fifteen():
@@ -203,6 +203,15 @@ def test_a_corrected_run_starts_after_a_broken_one(folder: Path):
     result = command(output="runs/again", learning_rate="1e-3")
     assert result.exit_code == 0, result.output
     assert not list(folder.glob("runs/again.old*"))
+
+
+def test_changed_rows_are_refused(folder: Path):
+    jsonl("mine.jsonl", [row(), row(), row(), row()])
+    assert command(output="runs/mine", data="mine.jsonl", max_steps="1").exit_code == 0
+    Path("runs/mine/result.json").unlink()
+    jsonl("mine.jsonl", [row(), row(), row()])
+    result = command(output="runs/mine", data="mine.jsonl", max_steps="1")
+    assert result.exit_code == 2 and "was started with another content of" in result.stderr
 
 
 def test_a_failure_after_the_first_step_keeps_the_run(folder: Path):
@@ -220,5 +229,6 @@ def test_a_failure_after_the_first_step_keeps_the_run(folder: Path):
     Path("late.py").write_text(Path("late.py").read_text().replace("< 3", "< 99"))
     result = command(**options)
     assert result.exit_code == 0, result.output
+    assert "late.py has changed since the run began" in result.stderr
     steps = [json.loads(line)["step"] for line in Path("runs/late/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]

@@ -61,7 +61,8 @@ def test_paths_start_at_the_files_folder(folder, monkeypatch, tmp_path):
     Dataset.from_list(table).to_csv(folder / "one.csv")
     for file in [*files, str(folder / "rows.json")]:
         dataset = load_data(file)
-        assert dataset["answer"] == ["x", "y"] and dataset.column_names == ["prompt", "images", "answer"]
+        assert dataset["answer"] == ["x", "y"]
+        assert dataset.column_names == ["prompt", "image", "answer", "images"], "as the rows name them"
         assert opened(dataset) == [A] and opened(dataset, 1) == [A, B]
     assert opened(load_data(str(folder / "several.parquet"))) == [A, B]
     for name in ("one.parquet", "one.csv"):

@@ -160,6 +160,15 @@ def test_names_files_modules_weights_and_arguments(own, monkeypatch):
     assert one("my_rewards:length")(completions=["abc"]) == [3.0]
 
 
+def test_two_rewards_of_one_name_stay_apart(own, tmp_path):
+    """TRL files metrics and samples under a reward's name."""
+    (tmp_path / "other.py").write_text("def length(completions, **columns):\n    return [0.0] * len(completions)\n")
+    functions, _ = load_rewards([f"{own}:length", "format", f"{tmp_path / 'other.py'}:length", f"{own}:length"])
+    names = [function.__name__ for function in functions]
+    assert names[:2] == ["length", "format"] and len(set(names)) == 4
+    assert [function(completions=["abc"])[0] for function in functions] == [3.0, 0.0, 0.0, 3.0]
+
+
 def test_async_rewards_stay_async(own):
     from trl.trainer.utils import is_async_callable
 

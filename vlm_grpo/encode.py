@@ -67,13 +67,21 @@ def _where(sample: Sample) -> str:
     return repr(sample.prompt)[:80]
 
 
+def _slots(processor: Any) -> list[str]:
+    """The tokens that a processor expands into media placeholders, and the placeholders themselves."""
+    names = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    ids = [getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    names += [tokenizer.convert_ids_to_tokens(i) for i in ids if isinstance(i, int)]
+    return list(dict.fromkeys(str(name) for name in names if name))
+
+
 def _check_slots(processor: Any, sample: Sample) -> None:
     """One image token a medium in a templated text, and none in the text parts of messages.
 
     Processors take the two apart by position: one token too many and a row reads another's picture, or crashes.
     """
-    names = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
-    slots = [str(name) for name in names if name]
+    slots = _slots(processor)
     if isinstance(sample.prompt, str):
         texts = [sample.prompt]
     else:

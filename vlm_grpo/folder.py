@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from .config import RunConfig, diff, load_config, to_yaml
 from .errors import CheckpointError
 
 CONFIG, RESULT, METRICS, SAMPLES, CURVES = "config.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "curves.png"
+logger = logging.getLogger("vlm_grpo")
+
 INPUTS, EVALUATION = "inputs.json", "evaluation.json"
 # What a run has written before its first step; "completions" is TRL's.
 _BEFORE_TRAINING = {CONFIG, INPUTS, EVALUATION, "completions"}
@@ -102,21 +105,25 @@ def check_run_folder(config: RunConfig, command: str) -> None:
         )
 
 
-def check_inputs(folder: Path, files: list[Path]) -> None:
-    """Remember the run's data and reward files; raise ``CheckpointError`` when one is not what the run began with.
+def check_inputs(folder: Path, rows: list[Path], rewards: list[Path]) -> None:
+    """Remember the content of the run's files, and compare it with what the run began with.
 
-    A changed row would shift the order in which the rows come, and a changed reward would change what is learned.
+    A changed row would shift the order in which all rows come: ``CheckpointError``. A reward may have been mended, so
+    a changed one is only said.
     """
-    now = {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    files = [path for path in (*rows, *rewards) if path.is_file()]
+    now = {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     before = read_json(folder / INPUTS)
-    changed = [path for path, digest in before.items() if now.get(path, digest) != digest]
-    if changed:
+    changed = {path for path, digest in before.items() if now.get(path, digest) != digest}
+    mended = changed & {str(path.resolve()) for path in rewards}
+    if changed - mended:
         raise CheckpointError(
-            f"{folder} was started with another content of {' and '.join(changed)}. Put it back to continue the run, "
-            "choose another output, or add --fresh to set the old folder aside."
+            f"{folder} was started with another content of {' and '.join(sorted(changed - mended))}. Put it back to "
+            "continue the run, choose another output, or add --fresh to set the old folder aside."
         )
-    if not before:
-        write_json(folder / INPUTS, now)
+    for path in sorted(mended):
+        logger.warning("%s has changed since the run began: from here on the new rewards count.", path)
+    write_json(folder / INPUTS, {**before, **now})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -153,7 +153,7 @@ class _Run:
         with open_run_folder(self.config, self.command, fresh) as folder:
             self.args.distributed_state.wait_for_everyone()  # the first process may have set the old folder aside
             if is_main_process():
-                check_inputs(folder, self._input_files())
+                check_inputs(folder, *self._input_files())
             done = read_json(folder / RESULT)
             if done and resume_from_checkpoint is None and self._is_over(done):
                 return RunResult(**{**done, "run_dir": folder})
@@ -167,10 +167,11 @@ class _Run:
             stop, seconds = self._train(trainer, folder, checkpoint)
             return self._finish(trainer, folder, evaluations, stop, seconds)
 
-    def _input_files(self) -> list[Path]:
-        rewards = [spec.name.rpartition(":")[0] for spec in self.config.rewards]
-        names = [self.config.data.train, self.config.data.eval, *rewards]
-        return [Path(name).expanduser() for name in names if name]
+    def _input_files(self) -> tuple[list[Path], list[Path]]:
+        """The files of rows, and those of rewards."""
+        rows = [name for name in (self.config.data.train, self.config.data.eval) if name]
+        rewards = [spec.name.rpartition(":")[0] for spec in self.config.rewards if ".py:" in spec.name]
+        return [Path(name).expanduser() for name in rows], [Path(name).expanduser() for name in rewards]
 
     def _is_over(self, done: dict[str, Any]) -> bool:
         folder, limit = self.config.output, self.config.max_minutes

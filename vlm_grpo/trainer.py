@@ -117,7 +117,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 )
         check_size(train_dataset, args)
         LOG_PROBS.ensure()
-        if args.ddp_find_unused_parameters is None:
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root)
         adapters = _trainable_data(model)
