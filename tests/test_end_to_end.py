@@ -109,7 +109,7 @@ def test_the_life_of_a_run(workplace: Path):  # covers U1, U7, U11, L4, Q9, Q10
 
     step = _stopped_by_sigterm(workplace, run)
     out, error = ended(started(workplace, *TRAIN), 0)
-    assert f"Continuing from runs/rl/checkpoint-{step}" in error and f"{STEPS} steps in" in out
+    assert f"runs/rl/checkpoint-{step}." in error and f"{STEPS} steps in" in out
     _check_results(run)
     _check_records(workplace, run)
 

@@ -123,7 +123,8 @@ def check_inputs(folder: Path, rows: list[Path], rewards: list[Path]) -> None:
         )
     for path in sorted(mended):
         logger.warning("%s has changed since the run began: from here on the new rewards count.", path)
-    write_json(folder / INPUTS, {**before, **now})
+    if {**before, **now} != before:
+        write_json(folder / INPUTS, {**before, **now})
 
 
 def write_json(path: Path, value: Any) -> None:
