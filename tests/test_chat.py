@@ -69,3 +69,11 @@ def test_the_end_of_input_ends_the_conversation(loaded: Any, monkeypatch: pytest
 def test_a_missing_picture_is_one_sentence(loaded: Any, tmp_path: Path):
     with pytest.raises(MediaError, match="absent.png"):
         chats.chat("runs/x", [str(tmp_path / "absent.png")], "what is this")
+
+
+def test_a_run_answers_from_the_weights_it_was_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.yaml").write_text("# vlm-grpo train\nmodel: m\nload_in_4bit: true\nbackend: hf\n")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(chats, "load_model", lambda run, **how: seen.update(how) or tiny.build("qwen2_5_vl"))
+    chats.chat(str(tmp_path), [], "what color is this", 2)
+    assert seen == {"load_in_4bit": True, "dtype": "auto", "backend": "hf"}

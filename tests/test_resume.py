@@ -212,3 +212,34 @@ def test_foreign_checkpoint_is_a_sentence(material, tmp_path):
 
     with pytest.raises(CheckpointError, match="is no folder"):
         run.train(config(material, tmp_path / "run", "defaults"), resume_from_checkpoint=str(tmp_path / "none"))
+
+
+def test_an_older_checkpoint_begins_a_new_branch(material, tmp_path):
+    """Newer checkpoints would otherwise be what the next start continues, and what rotation keeps."""
+    output = tmp_path / "run"
+    options = config(material, output, "defaults")
+    run.train(options)
+    expected = figures(output)
+    older = sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
+    again = run.train(options, resume_from_checkpoint=str(older))
+    assert again.steps == 9 and figures(output) == expected
+    assert (output / "left-checkpoint-9-1").is_dir(), "set aside, not deleted"
+    newest, torn = checkpoint.find_checkpoint(output)
+    assert newest == output / "checkpoint-9" and not torn
+
+
+def test_the_written_config_holds_the_values_in_effect(material, tmp_path):
+    from vlm_grpo.config import load_config
+
+    options = config(material, tmp_path / "run", "defaults")
+    run.train(options.model_copy(update={"train": {**options.train, "max_steps": 1}}))
+    written = load_config(tmp_path / "run" / "config.yaml").train
+    assert (written["learning_rate"], written["num_generations"], written["beta"]) == (1e-2, 2, 0.0)
+    assert written["loss_type"] == "dapo" and written["save_total_limit"] == 2, "defaults too"
+
+
+def test_trained_weights_are_fp32_and_adapters_keep_theirs(material, tmp_path):
+    """In half precision the optimizer's small updates of the weights themselves would be rounded away."""
+    options = config(material, tmp_path / "run", "defaults")
+    assert run._Run(options, "train")._dtype() == "auto"
+    assert run._Run(options.model_copy(update={"lora": None}), "train")._dtype() == "float32"
