@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shutil
@@ -118,3 +119,20 @@ def test_the_wheel_holds_every_module_once(tmp_path):
     assert {name for name in names if name.endswith(".py")} == modules()
     assert len(names) == len(set(names)) and "vlm_grpo/patches/README.md" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_readmes_row_reward_and_code_work():
+    from vlm_grpo.data import to_sample
+
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+    rows = [json.loads(line) for kind, block in blocks if kind == "json" for line in block.splitlines()]
+    assert rows and all(to_sample(row).media for row in rows)
+    code = [block for kind, block in blocks if kind == "python"]
+    names: dict = {}
+    exec(code[0], names)
+    completions = [[{"role": "assistant", "content": answer}] for answer in (" 3 ", "4")]
+    assert names["right"](completions, answer=["3", "3"], prompts=[], trainer_state=None) == [1.0, 0.0]
+    imported = re.search(r"from vlm_grpo import (.*)", code[1])
+    assert imported and set(imported[1].split(", ")) <= set(vlm_grpo.__all__)
+    compile(code[1], "README.md", "exec")
