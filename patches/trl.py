@@ -85,8 +85,8 @@ def _cpu_log_probs_fail() -> bool:
         return True
     try:
         kernel.apply(torch.ones(1, 2), torch.ones(3, 2), None, torch.zeros(1, dtype=torch.long), 1.0, 1, None, 1.0, ())
-    except Exception:  # whatever Triton raises without a driver: the question is only whether it works
-        return True
+    except (RuntimeError, AttributeError, ImportError, OSError, ValueError):  # Triton without a driver, by version
+        return True  # not a TypeError: a kernel with other arguments must be heard of
     return False
 
 

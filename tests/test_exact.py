@@ -171,7 +171,7 @@ def targets(model, options):
     return lora_targets(family_of(model.config), model, options)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(("beta", "iterations", "checkpointing"), [(0.0, 1, True), (0.1, 2, False)])
 def test_exact_4bit(family, beta, iterations, checkpointing, tmp_path, largest):
     # covers U2; also after generate() has put the quantized layers through eval mode

@@ -385,20 +385,23 @@ REAL = """
 """
 
 
-# covers U2, U3, U4
-@pytest.mark.slow
-def test_the_real_unsloth_loads_trains_and_reloads_every_adapter(tmp_path):
+def on_the_real_unsloth(script: str, folder: Path, **environment: str) -> dict:
+    """Run ``script`` where Unsloth takes the CPU for a GPU; the JSON of its last line."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
     switches = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1"}
     paths = os.pathsep.join([str(Path(__file__).parent), str(README.parents[1])])
-    environment = {**os.environ, **switches, "UNSLOTH_RETURN_LOGITS": "1", "PYTHONPATH": paths}
-    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    switches |= {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **switches}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# covers U2, U3, U4
+@pytest.mark.slow
+def test_the_real_unsloth_loads_trains_and_reloads_every_adapter(tmp_path):
+    seen = on_the_real_unsloth(REAL, tmp_path, UNSLOTH_RETURN_LOGITS="1")
     assert seen["applied"] and seen["needed"] and len(seen["patched"]) == 2
     assert seen["healed"] == [True, False]
     assert seen["adapted"] == seen["chosen"] and len(seen["adapted"]) == 2 * (4 + 3) + 2 * (2 + 3)
@@ -452,16 +455,7 @@ TRAINS = """
 @pytest.mark.slow
 def test_the_trainer_runs_on_the_real_unsloth(tmp_path):
     # covers U2 U5; Unsloth has replaced trl.GRPOTrainer, and its generate leaves a model in inference mode
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    switches = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1"}
-    paths = os.pathsep.join([str(Path(__file__).parent), str(README.parents[1])])
-    environment = {**os.environ, **switches, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TRAINS)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = on_the_real_unsloth(TRAINS, tmp_path)
     assert "trl.trainer" not in seen["replaced"] and seen["own"][0].startswith("trl.trainer")
     assert seen["modes"] == [True], "layers in inference mode are not checkpointed"
     assert seen["difference"] <= 1e-4

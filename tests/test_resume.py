@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_exact import with_adapter
 
 from vlm_grpo import RunConfig, checkpoint, run
@@ -16,11 +17,11 @@ REWARD = """
 def pattern(completions, completion_ids, **columns):
     return [float(sum(ids) % 7) for ids in completion_ids]
 """
-# Two steps an epoch at least, three epochs, checkpoints on and off generation boundaries.
+# Three epochs each; where a rollout serves several steps, checkpoints on and off its boundaries. `check` asserts both.
 SETTINGS = {
     "defaults": {"max_steps": 9},
     "num_iterations 2": {"num_iterations": 2, "max_steps": 18},
-    "steps_per_generation 2x": {"steps_per_generation": 2, "max_steps": 9},
+    "steps_per_generation 2x": {"steps_per_generation": 2, "max_steps": 18},
     "pretrained adapter, beta": {"beta": 0.1, "max_steps": 9},
 }
 
@@ -61,7 +62,7 @@ def config(material: Path, output: Path, setting: str) -> RunConfig:
             "num_generations": 2,
             "max_completion_length": 4,
             "learning_rate": 1e-2,
-            "save_steps": 2 if setting != "num_iterations 2" else 3,
+            "save_steps": 3 if SETTINGS[setting]["max_steps"] == 18 else 2,
             "num_train_epochs": 100,
             "gradient_check": False,
             **SETTINGS[setting],
@@ -119,7 +120,7 @@ def moments(last: int) -> dict[str, At]:
         "after the first checkpoint got its name": At(checkpoint, "rotate_checkpoints", 1),
         "in an update of the first epoch": At(trainer, "_compute_loss", 3, after=True),
         "in an update of the third epoch": At(trainer, "_compute_loss", last - 2),
-        "before a checkpoint of the third epoch gets its name": At(checkpoint, "write_manifest", 4),
+        "before a checkpoint of the third epoch gets its name": At(checkpoint, "write_manifest", 4 if last == 9 else 5),
         "in the last update": At(trainer, "_compute_loss", last, after=True),
         "after the last checkpoint": At(run, "draw_curves", 1),
     }
@@ -140,6 +141,9 @@ def check(setting: str, chosen: list[int], material: Path, folder: Path, largest
     assert in_child(lambda: run.train(config(material, whole, setting))) == 0
     expected, texts = figures(whole), samples(whole)
     last = SETTINGS[setting]["max_steps"]
+    assert json.loads((whole / "metrics.jsonl").read_text().splitlines()[last - 3])["epoch"] > 2, "a third epoch"
+    states = [torch.load(file, weights_only=True) for file in whole.glob("checkpoint-*/resume_state_0.pt")]
+    assert any("rollout" in state for state in states) == (last == 18), "a checkpoint inside a rollout's steps"
     assert [record["step"] for record in expected] == list(range(1, last + 1))
     assert len({record["grad_norm"] for record in expected}) > last / 2, "every step does something else"
     for moment, at in [list(moments(last).items())[i] for i in chosen]:
