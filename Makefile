@@ -2,6 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+MODALITY ?= image
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -14,8 +15,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## Watch a small model learn to read digits, about two minutes on a CPU; options in ARGS="--seed 1"
-	$(BIN)/python -m vlm_grpo demo $(ARGS)
+demo: $(READY) ## Watch a small model learn, about two minutes on a CPU; MODALITY=video or audio, options in ARGS="--seed 1"
+	$(BIN)/python -m vlm_grpo demo --modality $(MODALITY) $(ARGS)
 
 test: $(READY) ## Run the quick tests on a CPU
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)

@@ -1,9 +1,11 @@
 """TRL: its own classes in any import order, and log-probabilities on devices its Triton kernel does not know."""
 
+import functools
 import importlib
 import importlib.util
 import sys
 import threading
+import types
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +56,53 @@ def _private_copy(live: ModuleType) -> ModuleType:
                 del sys.modules[name]
                 raise
         return sys.modules[name]
+
+
+def add_fused_head(model: Any, *args: Any, **kwargs: Any) -> None:
+    """TRL's ``add_fused_lm_head``, also for a model that is its own backbone, and also where TRL has added it already.
+
+    TRL asks ``model.base_model`` for the last hidden states. Where that is the model itself (Qwen2.5-Omni's thinker),
+    it gets logits instead. Then the hidden states are taken at the head's door, and the head is given no row.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    model.__dict__.pop("forward", None)  # TRL's own, which would otherwise be the forward that is wrapped
+    if model.base_model is not model:
+        add_fused_lm_head(model, *args, **kwargs)
+        return
+    forward, scoring = model.forward, threading.local()
+
+    @functools.wraps(type(model).forward)
+    def backbone(self: Any, *inputs: Any, **named: Any) -> Any:
+        seen = []
+
+        def at_the_door(module: Any, hidden: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+            seen.append(hidden[0])
+            return (hidden[0][:, :0],) if getattr(scoring, "now", False) else None
+
+        handle = self.get_output_embeddings().register_forward_pre_hook(at_the_door)
+        try:
+            outputs = forward(*inputs, **named)
+        finally:
+            handle.remove()
+        outputs.last_hidden_state = seen[0]
+        return outputs
+
+    model.forward = types.MethodType(backbone, model)
+    add_fused_lm_head(model, *args, **kwargs)
+    fused = model.forward
+
+    @functools.wraps(type(model).forward)
+    def outer(self: Any, *inputs: Any, **named: Any) -> Any:
+        if not named.get("fused_lm_head"):  # also the call that the fused forward makes for the backbone
+            return fused(*inputs, **named)
+        scoring.now = True
+        try:
+            return fused(*inputs, **named)
+        finally:
+            scoring.now = False
+
+    model.forward = types.MethodType(outer, model)
 
 
 class _LogProbs:

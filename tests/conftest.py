@@ -9,11 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# What was found about test files is of no use to the next run, nor to the user's own runs.
+os.environ["VLM_GRPO_CACHE"] = tempfile.mkdtemp(prefix="vlm-grpo-cache-")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,10 +48,22 @@ def pytest_terminal_summary(terminalreporter) -> None:
                     cells[column] = max(difference, cells.get(column, 0.0))
     if not table:
         return
-    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
-    width = max(len(row) for row in table)
+    blocks: dict[str, list[str]] = {}
+    for row in sorted(table):  # what stands behind a comma in a row's name says which table it belongs to
+        blocks.setdefault(row.partition(", ")[2], []).append(row)
     terminalreporter.section("largest difference from an independent forward of one row, unpadded")
-    terminalreporter.line(" " * width + "".join(f"  {column:>18}" for column in columns))
-    for row, cells in table.items():
-        line = "".join(f"  {cells[c]:18.1e}" if c in cells else " " * 20 for c in columns)
-        terminalreporter.line(f"{row:<{width}}{line}")
+    width = max(len(row) for row in table)
+    for rows in blocks.values():
+        columns = sorted({column for row in rows for column in table[row]}, key=_place)
+        terminalreporter.line(" " * width + "".join(f"  {column:>18}" for column in columns))
+        for row in rows:
+            line = "".join(f"  {table[row][c]:18.1e}" if c in table[row] else " " * 20 for c in columns)
+            terminalreporter.line(f"{row:<{width}}{line}")
+        terminalreporter.line("")
+
+
+_CASES = ("one", "several", "sizes", "mixed", "kinds in a batch", "kinds in a row")
+
+
+def _place(column: str) -> tuple[int, str]:
+    return (_CASES.index(column) if column in _CASES else len(_CASES), column)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm_grpo import VLMGRPOConfig, VLMGRPOTrainer
@@ -27,17 +26,27 @@ class Recorder(VLMGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rows: list[list[Scored]] = []
+        self.seen_rows: list[Any] = []
+        self._current: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
+
+    def _encoded_rows(self, inputs):
+        rows = super()._encoded_rows(inputs)
+        self.seen_rows += rows
+        return rows
 
     def _compute_loss(self, model, inputs):
         self._current = inputs
-        return super()._compute_loss(model, inputs)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._current = None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         out = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        if torch.is_grad_enabled():
+        if self._current is not None:  # not while a rollout is scored
             inputs, width = self._current, input_ids.size(1) - logits_to_keep
             batch = []
             for i, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
@@ -50,7 +59,7 @@ class Recorder(VLMGRPOTrainer):
                         inputs["old_per_token_logps"][i, :length] if "old_per_token_logps" in inputs else None,
                         inputs["ref_per_token_logps"][i, :length] if "ref_per_token_logps" in inputs else None,
                         float(inputs["advantages"][i]),
-                        float(inputs["num_items_in_batch"]),
+                        float(inputs.get("num_items_in_batch", 0)),
                     )
                 )
             self.rows.append(batch)
@@ -79,5 +88,6 @@ def config(path: Any, **options: Any) -> VLMGRPOConfig:
         "learning_rate": 0.0,
         "temperature": 0.8,
         "weight_decay": 0.0,
+        "flow_check": False,  # has tests of its own, and takes as long as these runs
     }
     return VLMGRPOConfig(**{**defaults, **options})

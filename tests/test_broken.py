@@ -145,12 +145,12 @@ CASES: dict[str, tuple[dict[str, str | None], list | None, str]] = {
     "not JSON": ({}, [row(), "{broken"], "bad.jsonl row 2: not valid JSON"),
     "too few rows": ({}, [row()], "has 1 rows, but one generation batch takes 2 prompts"),
     "no prompt": ({}, [row(), {"answer": "1"}], 'bad.jsonl row 2: the row has no "prompt"'),
-    "unknown part": ({}, [part(type="video")] * 4, "bad.jsonl row 1: a message has a part of type 'video'"),
+    "unknown part": ({}, [part(type="scent")] * 4, "bad.jsonl row 1: a message has a part of type 'scent'"),
     "slots": ({}, [row(prompt=tiny.prompt(images=2))] * 4, "2 image slots but .* holds 1"),
     "missing picture": ({}, [row(), row(image="nope.png")], "bad.jsonl row 2: the image .* does not exist"),
-    "empty picture": ({}, [row(image="empty.png")] * 4, r'The image ".*empty.png" cannot be read'),
-    "torn picture": ({}, [row(image="torn.png")] * 4, r'The image ".*torn.png" cannot be read .*truncated'),
-    "a text as picture": ({}, [row(image="rewards.py")] * 4, r'The image ".*rewards.py" cannot be read'),
+    "empty picture": ({}, [row(), row(image="empty.png")], r'row 2: the image ".*empty.png" is empty .0 bytes'),
+    "torn picture": ({}, [row(), row(image="torn.png")], r'row 2: the image ".*torn.png" cannot be read .*truncated'),
+    "a text as picture": ({}, [row(), row(image="rewards.py")], r'row 2: the image ".*rewards.py" cannot be read'),
     "a token in the text": ({}, [row(prompt=tiny.prompt("a <|image_pad|>"))] * 4, "holds the image token"),
     "mixed types": ({}, [row(), row(answer=1)], 'the column "answer" mixes int and str'),
     # --- run folders
@@ -190,7 +190,9 @@ def test_one_sentence_exit_code_2_and_nothing_written(case: str, folder: Path):
     assert re.search(sentence, message), message
     assert "Traceback" not in result.output and message.endswith((".", "?", ")"))
     # Some rows are first looked at in the first step, when the run has said what loaded the model and that it begins.
-    assert all(re.fullmatch(r"Backend: .*\.|(train|sft): \d+ steps?", line) for line in progress), progress
+    assert all(re.fullmatch(r"Backend: .*\.|Flow check: .*\.|(train|sft): \d+ steps?", line) for line in progress), (
+        progress
+    )
 
 
 def test_there_are_more_than_fifteen():

@@ -185,7 +185,7 @@ def test_every_rollout_is_written_once(tmp_path):  # covers Q9
         "completion": "1.1",
         "rewards": {"accuracy": 1.0, "format": None},
         "advantage": 0.0,
-        "images": ["<image 56x56>"],
+        "media": ["<image 56x56>"],
     }
 
 

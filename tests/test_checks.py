@@ -43,7 +43,7 @@ def args(tmp_path):
 def ask(check: GradientCheck, model: Towers, args, media: list[bool], counting: list[bool]) -> None:
     """One optimizer step over a micro-batch of such rows."""
     watched = torch.zeros(len(media), 3, requires_grad=True) * 1.0
-    check.watch(watched, media)
+    check.watch(watched, [("vision",) if is_there else () for is_there in media])
     (watched * torch.tensor(counting, dtype=torch.float)[:, None]).sum().backward()
     check.on_pre_optimizer_step(args, None, None, model=model)
 
@@ -85,13 +85,36 @@ def test_the_vision_tower_waits_for_a_row_with_media_that_counts(args):
     ask(check, model.gradients(language=None), args, [True], [True])  # said once, on the first step that counts
 
 
+def test_a_tower_waits_for_its_own_kind_of_medium(args):
+    # covers A1 A11: a sound owes the vision tower nothing, a picture the audio tower nothing
+    def ask_about(check, model, *senses):
+        watched = torch.ones(1, 3, requires_grad=True) * 1.0
+        check.watch(watched, [senses])
+        watched.sum().backward()
+        check.on_pre_optimizer_step(args, None, None, model=model)
+
+    both = Towers()
+    both.audio = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+    check = GradientCheck(tower)
+    ask_about(check, both.gradients(audio=1.0, language=1.0), "audio")
+    assert check.pending, "the vision tower and its projector still owe theirs"
+    ask_about(check, both.gradients(audio=None, vision=1.0, projector=1.0), "vision")
+    assert check.pending, "no step had both"
+    with pytest.raises(GradientError, match="audio tower"):
+        ask_about(check, both, "audio", "vision")
+    deaf = Towers().gradients(projector=None, language=1.0)
+    del deaf.vision
+    with pytest.raises(GradientError, match="projector tower"):  # of a model that only hears
+        ask_about(GradientCheck(tower), deaf, "audio")
+
+
 def test_nothing_is_due_without_signal(args):
     check = GradientCheck(tower)
     model = Towers().gradients(vision=0.0, projector=0.0, language=0.0)
     ask(check, model, args, [True, True], [False, False])
     assert check.pending
-    check.watch(None, [True])
-    check.watch(torch.zeros(1, 3), [True])  # no graph: an evaluation
+    check.watch(None, [("vision",)])
+    check.watch(torch.zeros(1, 3), [("vision",)])  # no graph: an evaluation
     check.on_pre_optimizer_step(args, None, None, model=model)
     assert check.pending
 

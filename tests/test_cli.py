@@ -31,7 +31,11 @@ class Recorder:
         self.calls.append((command, config, options))
         if self.error is not None:
             raise self.error
-        return type("RunResult", (), {"run_dir": Path("runs/x"), "steps": 7, "seconds": 1.6, "stopped": self.stopped})()
+        return type(
+            "RunResult",
+            (),
+            {"run_dir": Path("runs/x"), "steps": 7, "seconds": 1.6, "stopped": self.stopped, "left_out": {}},
+        )()
 
 
 @pytest.fixture
@@ -206,7 +210,10 @@ def test_dry_run_prints_the_plan_and_runs_nothing(run: Recorder, tmp_path: Path)
         ((*BASE, "--set", "lora.rr=1"), 'unknown key "lora.rr"'),
         ((*BASE, "--set", "lora.r"), "there is no key=value"),
         ((*BASE, "--reward", "format=high"), 'the weight in "format=high" is not a number'),
-        ((*BASE, "--min_pixels", "3136"), "min_pixels=3136: image size limits per run are not available"),
+        ((*BASE, "--min_pixels", "0"), "media.min_pixels: input should be greater than or equal to 1 (given 0)"),
+        ((*BASE, "--fps", "2", "--base_interval", "1"), "fps=2 and base_interval=1 say the same; keep one"),
+        ((*BASE, "--min_frames", "9", "--max_frames", "8"), "min_frames=9 is more than max_frames=8; swap them"),
+        ((*BASE, "--scan", "half"), "media.scan: input should be 'headers', 'full' or 'off' (given 'half')"),
         ((*BASE, "--load_in_4bit=maybe"), "needs true or false"),
         ((*BASE, "--max-minutes", "-1"), "max_minutes: input should be greater than 0"),
     ],
@@ -242,7 +249,7 @@ def test_ctrl_c_and_signals_exit_as_a_shell_expects(run: Recorder):
 def test_chat_and_demo_pass_their_options_on(monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
     chats, demos = ModuleType("vlm_grpo.chat"), ModuleType("vlm_grpo.demo")
-    chats.chat = lambda *args: calls.append(args)  # type: ignore[attr-defined]
+    chats.chat = lambda *args, **media: calls.append((*args, media))  # type: ignore[attr-defined]
     demos.demo = lambda **options: calls.append(options)  # type: ignore[attr-defined]
     for module in (chats, demos):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -250,7 +257,10 @@ def test_chat_and_demo_pass_their_options_on(monkeypatch: pytest.MonkeyPatch):
     result = call("chat", "runs/x", "--image", "a.png", "--image", "b.png", "--prompt", "?", "--max-new-tokens", "9")
     assert result.exit_code == 0, result.output
     assert call("chat", "runs/x").exit_code == 0
-    assert calls == [("runs/x", ["a.png", "b.png"], "?", 9), ("runs/x", [], None, 256)]
+    nothing = {"videos": None, "audios": None}
+    assert calls == [("runs/x", ["a.png", "b.png"], "?", 9, nothing), ("runs/x", None, None, 256, nothing)]
+    assert call("chat", "runs/x", "--video", "v.mp4", "--audio", "s.wav").exit_code == 0
+    assert calls[-1] == ("runs/x", None, None, 256, {"videos": ["v.mp4"], "audios": ["s.wav"]})
     assert call("demo", "--seed", "5", "--output", "o", "--json", "--full").exit_code == 0
     assert calls[-1] == {"modality": "image", "seed": 5, "output": "o", "as_json": True, "full": True}
     assert call("demo", "--modality", "smell").exit_code == 2

@@ -206,6 +206,19 @@ TRANSLATED: dict[str, tuple[Any, str, Any]] = {
     "quantization_bit": (4, "load_in_4bit", True),
     "freeze_vision_tower": (False, "lora.vision", True),
     "freeze_language_model": (True, "lora.language", False),
+    "image_folder": ("pictures", "data.media_root", "pictures"),
+    "video_folder": ("clips", "data.media_root", "clips"),
+    "media_dir": ("media", "data.media_root", "media"),
+    "min_frames": (2, "media.min_frames", 2),
+    "max_frames": (8, "media.max_frames", 8),
+    "base_interval": (2.0, "media.base_interval", 2.0),
+    "dynamic_sample": (True, "media.dynamic_sample", True),
+    "min_pixels": (3136, "media.min_pixels", 3136),
+    "max_pixels": (12845056, "media.max_pixels", 12845056),
+    "image_min_pixels": (3136, "media.min_pixels", 3136),
+    "image_max_pixels": (4000, "media.max_pixels", 4000),
+    "video_fps": (2.0, "media.fps", 2.0),
+    "video_maxlen": (32, "media.max_frames", 32),
 }
 
 
@@ -221,7 +234,8 @@ def test_every_name_of_a_predecessor_becomes_ours_or_is_explained(name: str, tmp
         for part in key.split("."):
             value = value[part]
         assert value == expected and type(value) is type(expected)
-        assert any(name in note and PREDECESSORS[name].to in note for note in config.notes)  # type: ignore[operator]
+        said = any(name in note and PREDECESSORS[name].to in note for note in config.notes)  # type: ignore[operator]
+        assert said != key.endswith(f".{name}"), "the same name in a section of ours needs no words"
         path = write(tmp_path, dump_yaml({**model, "train": {name: given}}))
         assert resolved(load_config(path)) == resolved(config), "people write these under train: too"
     elif PREDECESSORS[name].harmless is None:

@@ -141,8 +141,8 @@ BROKEN = {
     "content number": ([{"prompt": [{"role": "user", "content": 5}]}], 'row 1: the "content" of a message is 5'),
     "content mapping": ([{"prompt": [{"role": "user", "content": {"a": 1}}]}], 'the "content" of a message is'),
     "unknown part": (
-        [{"prompt": user({"type": "video", "video": "v.mp4"})}],
-        "a part of type 'video'.*Use one of text",
+        [{"prompt": user({"type": "hologram", "hologram": "v.holo"})}],
+        "a part of type 'hologram'.*Use one of text",
     ),
     "part without type": ([{"prompt": user({"text": "x"})}], "a part of type None"),
     "text without text": ([{"prompt": user({"type": "text"})}], 'a text part has no "text"'),

@@ -1,11 +1,19 @@
-"""The demo's data, model and configs, and the whole of it with the number of steps shrunk."""
+"""The demos' data, models and configs, the whole of each with the number of steps shrunk, and (slow) for real."""
 
+import hashlib
 import json
 import re
+import shutil
+import stat
+import subprocess
+import sys
+import wave
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,6 +25,8 @@ from vlm_grpo import demo, load_data, load_model, run
 from vlm_grpo.cli import app
 from vlm_grpo.config import resolved
 from vlm_grpo.data import to_sample
+from vlm_grpo.demo import RECIPES, digits, espeak, motion, speech
+from vlm_grpo.demo.speech import Utterance
 from vlm_grpo.encode import encode
 from vlm_grpo.errors import ConfigError
 from vlm_grpo.trainer_config import VLMGRPOConfig, build_args
@@ -26,160 +36,402 @@ KEYS = {
     *("modality", "algorithm", "seed", "accuracy_before", "ci95_before", "accuracy_after", "ci95_after"),
     *("accuracy_sft_only", "accuracy_control", "reward_first", "reward_last", "steps", "seconds", "run_dir"),
 }
+ANSWERS = {"image": digits.DIGITS, "video": tuple(motion.DIRECTIONS), "audio": digits.DIGITS}
 
 
-def rows_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in FILES}
+def rows_of(folder: Path, names: tuple[str, ...] = FILES) -> dict[str, list[dict[str, Any]]]:
+    return {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in names}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All modalities' files: ``data / modality``."""
     folder = tmp_path_factory.mktemp("data")
-    demo.write_digits(folder, seed=0)
+    for modality, recipe in RECIPES.items():
+        recipe.write_data(folder / modality, 0)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    demo.save_tiny_model(folder, seed=0)
+    for modality, recipe in RECIPES.items():
+        recipe.save_model(folder / modality, 0)
     return folder
 
 
-def test_every_scan_is_in_one_part_only(data: Path):
-    rows = rows_of(data)
-    assert {name: len(part) for name, part in rows.items()} == {"labels": 100, "train": 1247, "held-out": 450}
-    images = [row["image"] for part in rows.values() for row in part]
-    assert sorted(images) == [f"digits/{index:04d}.png" for index in range(1797)]
-    assert sorted(path.name for path in (data / "digits").iterdir()) == [Path(image).name for image in sorted(images)]
-    for part in rows.values():  # a part without some digit would measure something else
-        assert set(Counter(row["answer"] for row in part)) == set(demo.DIGITS)
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_and_labels_are_scikit_learns(data: Path):
-    digits: Any = load_digits()
-    for row in [row for part in rows_of(data).values() for row in part]:
-        index = int(Path(row["image"]).stem)
-        assert row["answer"] == demo.DIGITS[digits.target[index]]
-    for index in range(0, 1797, 100):
-        with Image.open(data / "digits" / f"{index:04d}.png") as picture:
-            assert picture.mode == "RGB"
-            small = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX)).flatten()
-        alike = [np.corrcoef(small, scan)[0, 1] for scan in digits.data]
-        assert np.argmax(alike) == index
+@pytest.mark.parametrize(
+    ("modality", "sizes"),
+    [("image", (100, 1247, 450)), ("video", (100, 1247, 450)), ("audio", (150, 1050, 400))],
+)
+def test_every_medium_is_in_one_part_only(data: Path, modality: str, sizes: tuple[int, ...]):
+    rows = rows_of(data / modality)
+    assert tuple(len(part) for part in rows.values()) == sizes
+    assert sizes[0] == RECIPES[modality].labels
+    media = [row[modality] for part in rows.values() for row in part]
+    assert len(set(media)) == sum(sizes) and all((data / modality / name).is_file() for name in media)
+    for part in rows.values():  # a part without some answer would measure something else
+        assert set(Counter(row["answer"] for row in part)) == set(ANSWERS[modality])
+    for row in rows["train"][:20]:
+        assert [part["type"] for part in row["prompt"][0]["content"]] == [modality, "text"]
 
 
-def test_a_seed_draws_its_own_labels_and_never_from_the_held_out_rows(data: Path, tmp_path: Path):
-    demo.write_digits(tmp_path, seed=1)
-    first, second = rows_of(data), rows_of(tmp_path)
+@pytest.mark.parametrize("modality", RECIPES)
+def test_a_seed_draws_its_own_labels_and_never_from_the_held_out_rows(
+    data: Path, modality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(motion, "write_mp4", lambda *_: None)
+    monkeypatch.setattr(speech, "speak", lambda spoken: [np.ones(4000, np.float32)] * len(spoken))
+    RECIPES[modality].write_data(tmp_path, 1)
+    first, second = rows_of(data / modality), rows_of(tmp_path)
     assert second["held-out"] == first["held-out"]
-    labels = [{row["image"] for row in rows["labels"]} for rows in (first, second)]
-    assert len(labels[0] & labels[1]) < 30, "100 of 1,347, drawn anew"
-    pool = [{row["image"] for name in ("labels", "train") for row in rows[name]} for rows in (first, second)]
+    labels = [{row[modality] for row in rows["labels"]} for rows in (first, second)]
+    assert len(labels[0] & labels[1]) < 40, "100 of 1,347 or 150 of 1,200, drawn anew"
+    pool = [{row[modality]: row for name in ("labels", "train") for row in rows[name]} for rows in (first, second)]
     assert pool[0] == pool[1]
 
 
-def test_the_tiny_model_loads_and_can_say_every_digit(model_folder: Path, data: Path):
-    model, processor = load_model(model_folder)
+def test_pictures_and_labels_are_scikit_learns(data: Path):
+    scans: Any = load_digits()
+    for row in [row for part in rows_of(data / "image").values() for row in part]:
+        index = int(Path(row["image"]).stem)
+        assert row["answer"] == digits.DIGITS[scans.target[index]]
+    for index in range(0, 1797, 100):
+        with Image.open(data / "image" / "digits" / f"{index:04d}.png") as picture:
+            assert picture.mode == "RGB"
+            small = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX)).flatten()
+        alike = [np.corrcoef(small, scan)[0, 1] for scan in scans.data]
+        assert np.argmax(alike) == index
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == motion.FPS and stream.frames == motion.FRAMES
+        assert container.duration == 1_000_000, "microseconds"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]).astype(float)
+
+
+def path_of(frames: np.ndarray) -> np.ndarray:
+    """The centre of what is bright, (x, y) for each frame."""
+    y, x = np.mgrid[: frames.shape[1], : frames.shape[2]]
+    light = frames.mean(3)
+    return np.stack([(light * axis).sum((1, 2)) / light.sum((1, 2)) for axis in (x, y)], 1)
+
+
+def test_clips_show_what_their_answer_says(data: Path):
+    rows = rows_of(data / "video", (*FILES, "reversed"))
+    for row in rows["train"][::25] + rows["held-out"][::25] + rows["reversed"][::25]:
+        steps = np.diff(path_of(frames_of(data / "video" / row["video"])), axis=0)
+        assert np.allclose(steps, steps.mean(0), atol=1.5), "evenly, but for whole pixels"
+        assert motion.STEP[0] - 1 <= np.abs(steps.mean(0)).max() <= motion.STEP[1] + 1
+        way = {name: np.dot(steps.mean(0), direction) for name, direction in motion.DIRECTIONS.items()}
+        assert max(way, key=lambda name: way[name]) == row["answer"], row["video"]
+
+
+def test_clips_are_real_digits_whole_and_alike_in_every_frame(data: Path):
+    scans, _ = digits.load_scans()
+    for index in range(0, 1797, 150):
+        frames = frames_of(data / "video" / "clips" / f"{index:04d}.mp4")
+        brightness = frames.mean((1, 2, 3))
+        assert np.ptp(brightness) < 0.02 * brightness.mean(), "nothing leaves the picture, nothing fades"
+        digit = np.asarray(digits.picture_of(scans[index], motion.DIGIT), float)
+        windows = np.lib.stride_tricks.sliding_window_view(frames[0, :, :, 0], digit.shape)
+        assert np.abs(windows - digit).mean((2, 3)).min() < 1, "grey levels of 255"
+
+
+def test_a_reversed_clip_has_the_same_frames_and_the_opposite_answer(data: Path):
+    rows = rows_of(data / "video", ("held-out", "reversed"))
+    assert len(rows["reversed"]) == 450 and set(motion.OPPOSITE) == set(motion.DIRECTIONS)
+    for row, backwards in zip(rows["held-out"], rows["reversed"], strict=True):
+        assert backwards["answer"] == motion.OPPOSITE[row["answer"]]
+        assert backwards["video"] == row["video"].replace(".mp4", "-reversed.mp4")
+    for row, backwards in list(zip(rows["held-out"], rows["reversed"], strict=True))[::90]:
+        one, other = (frames_of(data / "video" / r["video"]) for r in (row, backwards))
+        assert np.abs(one - other[::-1]).mean() < 1
+
+
+def test_a_place_does_not_tell_the_direction():
+    random = np.random.RandomState(0)
+    scan = digits.load_scans()[0][0]
+    middles = {
+        name: np.mean([path_of(motion.moving(scan, name, random)[..., None])[1:3].mean(0) for _ in range(300)], 0)
+        for name in motion.DIRECTIONS
+    }
+    for middle in middles.values():
+        assert np.abs(middle - middles["left"]).max() < 2.5, "pixels of 56: the path's middle is drawn alike for all"
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path):
+    frames = motion.moving(digits.load_scans()[0][7], "up", np.random.RandomState(7))
+    for name in ("one", "two"):
+        motion.write_mp4(tmp_path / f"{name}.mp4", frames, motion.FPS)
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def samples_of(path: Path) -> np.ndarray:
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16000, 1, 2)
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+
+
+def test_recordings_hold_one_word_of_their_length(data: Path):
+    spans: dict[str, list[float]] = {}
+    for row in rows_of(data / "audio")["train"][::4]:
+        sound = samples_of(data / "audio" / row["audio"])
+        assert len(sound) == 16000, "one second"
+        loudness = np.sqrt((sound.reshape(100, 160) ** 2).mean(1))  # of each hundredth of a second
+        assert 0.25 < np.abs(sound).max() < 0.95 and loudness.max() > 5 * np.median(np.sort(loudness)[:10])
+        (heard,) = np.nonzero(loudness > 0.1 * loudness.max())
+        spans.setdefault(row["answer"], []).append((heard[-1] - heard[0]) / 100)
+    lengths = {word: np.mean(seconds) for word, seconds in spans.items()}
+    assert all(0.1 < length < 0.8 for length in lengths.values()), lengths
+    assert min(lengths["seven"], lengths["nine"]) > max(lengths["two"], lengths["eight"]), lengths
+
+
+def test_held_out_voices_speak_no_training_row_and_words_are_balanced(data: Path):
+    rows = rows_of(data / "audio")
+    speakers = {name: {row["voice"].split("+")[1] for row in part} for name, part in rows.items()}
+    assert speakers["held-out"] == set(speech.HELD_OUT_SPEAKERS)
+    assert speakers["train"] == speakers["labels"] == set(speech.SPEAKERS)
+    assert not speakers["held-out"] & speakers["train"]
+    assert set(Counter(row["answer"] for row in rows["held-out"]).values()) == {40}
+    assert set(Counter(row["answer"] for row in rows["labels"] + rows["train"]).values()) == {120}
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.array_equal(one, other)
+
+
+def test_every_voice_is_another_and_speaks_alike_again():
+    pytest.importorskip("espeakng_loader")
+    voices = [f"{accent}+{speaker}" for accent in speech.ACCENTS for speaker in speech.SPEAKERS]
+    voices += [f"en-us+{speaker}" for speaker in speech.HELD_OUT_SPEAKERS]
+    spoken = [Utterance("seven", voice, 150, 50) for voice in voices]
+    sounds = speech.speak(spoken)
+    digests = {hashlib.sha256(sound.tobytes()).hexdigest() for sound in sounds}
+    assert len(digests) == len(voices), "an unknown voice would sound like the usual one"
+    # Breath is noise, drawn by the clock unless it is seeded: across two processes, some time apart.
+    assert all(same(*pair) for pair in zip(sounds, speech.speak(spoken), strict=True))
+
+
+def test_speed_and_pitch_arrive():
+    pytest.importorskip("espeakng_loader")
+    usual, fast, high = speech.speak([Utterance("nine", "en-us+m3", *how) for how in ((130, 20), (190, 20), (130, 80))])
+    assert len(fast) < 0.85 * len(usual) and abs(len(high) - len(usual)) < 0.1 * len(usual)
+
+    def tone(sound: np.ndarray) -> float:
+        """The most frequent distance between two peaks of the voice, as hertz."""
+        middle = sound[len(sound) // 3 : len(sound) // 3 + 3200]
+        alike = np.correlate(middle, middle, "full")[len(middle) :]
+        return 16000 / (40 + np.argmax(alike[40:300]))
+
+    assert tone(high) > 1.15 * tone(usual)
+
+
+def test_an_unknown_voice_is_refused():
+    pytest.importorskip("espeakng_loader")
+    for voice in ("en-us+nobody", "xx-nowhere", "xx-nowhere+m1"):
+        with pytest.raises(ConfigError, match=f'espeak-ng has no voice "{re.escape(voice)}" in .*espeak-ng-data'):
+            speech.speak([Utterance("one", voice, 150, 50)])
+
+
+def test_data_that_espeak_cannot_use_is_one_line(tmp_path: Path):
+    loader = pytest.importorskip("espeakng_loader")
+    command = [sys.executable, espeak.__file__, str(loader.get_library_path()), str(tmp_path / "espeak-ng-data")]
+    done = subprocess.run(command, input=b"[]", capture_output=True)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.decode().splitlines()[-1] == f"espeak-ng cannot use its data in {tmp_path / 'espeak-ng-data'}"
+
+
+def without_loader(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)  # import raises ImportError
+    monkeypatch.setenv("PATH", str(path))
+
+
+def test_without_espeak_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    without_loader(monkeypatch, tmp_path)
+    result = CliRunner().invoke(app, ["demo", "--modality", "audio", "--output", str(tmp_path / "x")])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert " ".join(result.stderr.split()) == (
+        "The audio demo's words are spoken by espeak-ng, which is not installed. "
+        'Install it: pip install "vlm-grpo[audio]".'
+    )
+
+
+PROGRAM = """#!{python}
+import struct, sys, wave
+if "silent" in sys.argv:
+    sys.exit("espeak-ng: no such voice")
+sys.stderr.write(" ".join(sys.argv[1:]))
+data = struct.pack("<11025h", *[8000 * (-1) ** (n // 25) for n in range(11025)])
+# Like the real one: the length is not known when the header is written.
+header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 0x7ffff024, b"WAVE", b"fmt ", 16, 1, 1, 22050, 44100, 2, 16,
+                     b"data", 0x7ffff000)
+sys.stdout.buffer.write(header + data)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a script")
+def test_without_the_package_the_program_speaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    program = tmp_path / "espeak-ng"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    without_loader(monkeypatch, tmp_path)
+    (sound,) = speech.speak([Utterance("one", "en-us+m1", 150, 50)])
+    assert sound.dtype == np.float32 and abs(len(sound) - 8000) < 50, "half a second, at 16 kHz"
+    with pytest.raises(ConfigError, match="cannot be spoken: espeak-ng: no such voice. Install it anew"):
+        speech.speak([Utterance("one", "silent", 150, 50)])
+
+
+# ---- models and configs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("modality", "placeholders"), [("image", 4), ("video", 8), ("audio", 25)])
+def test_the_tiny_models_load_and_can_say_every_answer(models: Path, data: Path, modality: str, placeholders: int):
+    model, processor = load_model(models / modality)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
-    words = [processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in demo.DIGITS]
-    assert all(len(ids) == 1 for ids in words) and len({ids[0] for ids in words}) == 10
+    words = [processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ANSWERS[modality]]
+    assert all(len(ids) == 1 for ids in words) and len({ids[0] for ids in words}) == len(words)
     assert processor.tokenizer.unk_token_id not in [ids[0] for ids in words]
 
-    rows = load_data(str(data / "held-out.jsonl"), limit=2)
+    rows = load_data(str(data / modality / "held-out.jsonl"), limit=2)
     encoded = [encode(processor, to_sample(row)) for row in rows]  # type: ignore[arg-type]
-    assert encoded[0].input_ids.count(model.config.image_token_id) == 4, "56 x 56 pixels, 28 x 28 to a token"
+    token = processor.tokenizer.convert_tokens_to_ids(str(getattr(processor, f"{modality}_token")))
+    assert encoded[0].input_ids.count(token) == placeholders
     assert processor.tokenizer.unk_token_id not in encoded[0].input_ids, "the tokenizer knows the whole prompt"
     with torch.no_grad():
         logits = [
             model(input_ids=torch.tensor([e.input_ids]), **e.media, **e.tokens).logits[0, -1].softmax(-1)
             for e in encoded
         ]
-    assert (logits[0] - logits[1]).abs().sum() > 0.01, "another picture, another answer"
+    assert (logits[0] - logits[1]).abs().sum() > 0.01, "another medium, another answer"
 
 
-def test_a_models_weights_are_its_seeds(model_folder: Path, tmp_path: Path):
+def test_video_positions_follow_the_clips_true_rate(models: Path, data: Path):
+    _, processor = load_model(models / "video")
+    (row,) = load_data(str(data / "video" / "held-out.jsonl"), limit=1)
+    encoded = encode(processor, to_sample(row))  # type: ignore[arg-type]
+    assert encoded.media["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert encoded.media["second_per_grid_ts"].tolist() == [2 / motion.FPS]
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_a_models_weights_are_its_seeds(models: Path, modality: str, tmp_path: Path):
     for seed in (0, 1):
-        demo.save_tiny_model(tmp_path / str(seed), seed)
+        RECIPES[modality].save_model(tmp_path / str(seed), seed)
     saved, same, other = (
         torch.cat([p.flatten() for p in load_model(folder)[0].parameters()])
-        for folder in (model_folder, tmp_path / "0", tmp_path / "1")
+        for folder in (models / modality, tmp_path / "0", tmp_path / "1")
     )
     assert torch.equal(saved, same) and not torch.allclose(saved, other)
 
 
-def test_configs_chain_the_stages_and_hold_out_the_held_out_rows(tmp_path: Path):
-    warm, grpo = demo.warm_config(tmp_path, 3), demo.grpo_config(tmp_path, 3, full=False)
-    continued = demo.continued_config(tmp_path, 3, seconds=90)
+@pytest.mark.parametrize("modality", RECIPES)
+def test_configs_chain_the_stages_and_hold_out_the_held_out_rows(tmp_path: Path, modality: str):
+    recipe = RECIPES[modality]
+    warm, grpo = demo.warm_config(recipe, tmp_path, 3), demo.grpo_config(recipe, tmp_path, 3, full=False)
+    continued = demo.continued_config(recipe, tmp_path, 3, seconds=90)
     assert grpo.model == continued.model == warm.output and len({c.output for c in (warm, grpo, continued)}) == 3
     assert {config.data.eval for config in (warm, grpo, continued)} == {str(tmp_path / "data" / "held-out.jsonl")}
     assert warm.data.train == continued.data.train == str(tmp_path / "data" / "labels.jsonl")
     assert grpo.data.train == str(tmp_path / "data" / "train.jsonl")
     assert [config.train["seed"] for config in (warm, grpo, continued)] == [3, 3, 3]
     assert continued.max_minutes == 1.5
-    assert grpo.lora is not None and demo.grpo_config(tmp_path, 3, full=True).lora is None
+    full = demo.grpo_config(recipe, tmp_path, 3, full=True)
+    assert grpo.lora is not None and full.lora is None
+    assert full.train["learning_rate"] < grpo.train["learning_rate"]
     args: Any = build_args(VLMGRPOConfig, resolved(grpo)["train"], output_dir=str(tmp_path))
-    assert args.generation_batch_size // args.num_generations <= 1247
+    assert args.generation_batch_size // args.num_generations <= 1050
+
+
+# ---- from end to end -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def shrunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def shrunk(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Path:
     """A few steps of a few rows; everything else as it is."""
-    for recipe, steps, rows in ((demo._WARM, 2, 4), (demo._GRPO, 3, 16)):
-        monkeypatch.setitem(recipe, "max_steps", steps)
-        monkeypatch.setitem(recipe, "per_device_train_batch_size", rows)
-    monkeypatch.setattr(demo, "write_digits", few_held_out(demo.write_digits))
+
+    def copied(modality: str):
+        def write(folder: Path, seed: int) -> None:
+            shutil.copytree(data / modality, folder, dirs_exist_ok=True)
+            for name, count in (("held-out", 70), ("reversed", 30), ("train", 60)):
+                if (folder / f"{name}.jsonl").exists():
+                    lines = (folder / f"{name}.jsonl").read_text().splitlines()[:count]
+                    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+        return write
+
+    for modality, recipe in RECIPES.items():
+        warm = {**recipe.warm, "max_steps": 2, "per_device_train_batch_size": 4}
+        grpo = {**recipe.grpo, "max_steps": 3, "per_device_train_batch_size": 16}
+        monkeypatch.setitem(RECIPES, modality, replace(recipe, write_data=copied(modality), warm=warm, grpo=grpo))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def few_held_out(write):
-    """Nine evaluations of 450 rows would take longer than all the rest."""
-
-    def function(folder: Path, seed: int) -> None:
-        write(folder, seed)
-        lines = (folder / "held-out.jsonl").read_text().splitlines()[:70]
-        (folder / "held-out.jsonl").write_text("\n".join(lines) + "\n")
-
-    return function
-
-
-def test_the_demo_from_end_to_end(shrunk: Path):
-    result = CliRunner().invoke(app, ["demo", "--json", "--seed", "5"])
+@pytest.mark.parametrize("modality", RECIPES)
+def test_the_demo_from_end_to_end(shrunk: Path, modality: str):
+    arguments = ["demo", "--json", "--seed", "5", "--modality", modality]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     *above, last = result.stdout.strip().splitlines()
     assert above == [], "with --json, stdout holds the object alone"
     figures = json.loads(last)
-    assert set(figures) == KEYS
-    assert (figures["modality"], figures["algorithm"], figures["seed"]) == ("image", "grpo", 5)
+    assert set(figures) == KEYS | ({"accuracy_reversed"} if modality == "video" else set())
+    assert (figures["modality"], figures["algorithm"], figures["seed"]) == (modality, "grpo", 5)
     assert figures["steps"] == 3 and figures["seconds"] > 0
     for accuracy, interval in (("accuracy_before", "ci95_before"), ("accuracy_after", "ci95_after")):
         low, high = figures[interval]
         assert 0 <= low <= figures[accuracy] <= high <= 1 and high - low > 0.02
         assert round(70 * figures[accuracy], 6) % 1 == 0, "a share of the held-out rows"
+    assert round(30 * figures.get("accuracy_reversed", 0), 6) % 1 == 0
     metrics = [json.loads(line) for line in (Path(figures["run_dir"]) / "metrics.jsonl").open()]
     assert [record["step"] for record in metrics] == [1, 2, 3]
     assert (figures["reward_first"], figures["reward_last"]) == (metrics[0]["reward"], metrics[-1]["reward"])
 
-    folder = shrunk / "runs" / "demo-image-5" / "grpo"
+    folder = shrunk / "runs" / f"demo-{modality}-5" / "grpo"
     assert Path(figures["run_dir"]).resolve() == folder
     for name in ("curves.png", "held-out.png"):
         with Image.open(folder / name) as picture:
             picture.load()
             assert min(picture.size) > 200 and len(set(picture.convert("L").tobytes())) > 20, name
-    assert "warm start continued as long" in result.stderr and "held-out digits" in result.stderr
-    told = {"before": figures["accuracy_before"], "sft_only": figures["accuracy_sft_only"]}
+    assert "warm start continued as long" in result.stderr and "70 held-out" in result.stderr
+    told = {figures[key] for key in figures if key.startswith("accuracy_")}
     shown = re.findall(r"(\d+\.\d)%", result.stderr)
-    assert {f"{100 * value:.1f}" for value in told.values()} <= set(shown)
+    assert {f"{100 * value:.1f}" for value in told} <= set(shown)
 
-    again = CliRunner().invoke(app, ["demo", "--json", "--seed", "5"])
+    again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0 and again.stdout.strip() == last, "nothing is trained twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modality", "bar", "chance"), [("image", 0.9, 0.1), ("video", 0.9, 0.25), ("audio", 0.8, 0.1)]
+)
+def test_the_demo_for_real(modality: str, bar: float, chance: float, tmp_path: Path):
+    torch.set_num_threads(2)
+    try:
+        figures = demo.demo(modality, seed=0, output=str(tmp_path))
+    finally:
+        torch.set_num_threads(1)
+    assert figures["accuracy_after"] >= bar, figures
+    assert figures["ci95_before"][1] < figures["ci95_after"][0], figures
+    assert figures["accuracy_after"] > figures["accuracy_before"] and figures["reward_last"] > figures["reward_first"]
+    assert abs(figures["accuracy_control"] - chance) < 0.06, figures
+    assert figures.get("accuracy_reversed", 1) >= 0.85, figures
 
 
 def test_what_the_demo_does_not_have_is_refused(tmp_path: Path):
     result = CliRunner().invoke(app, ["demo", "--modality", "smell", "--output", str(tmp_path / "x")])
     assert result.exit_code == 2 and "smell" in result.output and "image" in result.output
-    with pytest.raises(ConfigError, match='there is no modality "smell". Use image'):
+    with pytest.raises(ConfigError, match='there is no modality "smell". Use image, video, audio'):
         demo.demo(modality="smell", output=str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 

@@ -169,10 +169,10 @@ def _check_records(workplace: Path, run: Path) -> None:
     counts = {row["prompt"][0]["content"][-1]["text"]: row for row in jsonl(workplace / "train.jsonl")}
     for sample in samples:
         row = next(row for text, row in counts.items() if sample["prompt"].endswith(text))
-        assert sample["images"] == [str(workplace / name) for name in row["images"]]
+        assert sample["media"] == [str(workplace / name) for name in row["images"]]
         assert sample["answer"] == row["answer"]
         assert (sample["rewards"]["brief"] is None) == (sample["answer"] == "skip")
-    assert {len(sample["images"]) for sample in samples} == {0, 1, 2}, "rows of all kinds were trained on"
+    assert {len(sample["media"]) for sample in samples} == {0, 1, 2}, "rows of all kinds were trained on"
 
 
 def _answer_in_python(workplace: Path, run: Path) -> str:

@@ -7,6 +7,7 @@ import reference
 import tiny
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from vlm_grpo.errors import MediaError
 from vlm_grpo.evaluate import evaluate, wilson
@@ -84,7 +85,7 @@ def test_blanking_takes_the_picture_away_and_keeps_its_size(built, monkeypatch):
     data = rows()
     sighted = evaluate(model, processor, data, max_new_tokens=5).answers
     blind = evaluate(model, processor, data, blank=True, max_new_tokens=5).answers
-    black = [{**row, "images": [tiny.Image.new("RGB", image.size) for image in row["images"]]} for row in data]
+    black = [{**row, "images": [Image.new("RGB", image.size) for image in row["images"]]} for row in data]
     assert blind == [alone(model, processor, row) for row in black]
     assert sum(a != b for a, b in zip(sighted, blind, strict=True)) >= 3
     assert sighted[4] == blind[4], "a row without a picture is the same"

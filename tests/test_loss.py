@@ -8,7 +8,7 @@ import reference
 import tiny
 import torch
 from datasets import Dataset
-from test_exact import rows
+from test_exact import rows, rows_of_kinds, table
 from torch.nn.functional import linear
 from transformers import TrainerCallback
 
@@ -50,28 +50,32 @@ def hand_written_loss(model, ref, encoded, batches, loss_type, beta, temperature
 
 
 @pytest.mark.parametrize(
-    ("family", "loss_type", "beta"),
+    ("family", "kind", "loss_type", "beta"),
     [
-        ("qwen2_5_vl", "dapo", 0.0),
-        ("qwen2_5_vl", "grpo", 0.1),
-        ("smolvlm", "dr_grpo", 0.1),
-        ("gemma3", "bnpo", 0.0),
-        ("llava", "dapo", 0.1),
+        ("qwen2_5_vl", "image", "dapo", 0.0),
+        ("qwen2_5_vl", "image", "grpo", 0.1),
+        ("smolvlm", "image", "dr_grpo", 0.1),
+        ("gemma3", "image", "bnpo", 0.0),
+        ("llava", "image", "dapo", 0.1),
+        ("qwen2_5_vl", "video", "dapo", 0.1),
+        ("qwen2_audio", "audio", "grpo", 0.1),
+        ("qwen2_5_omni_thinker", "all", "dapo", 0.1),
+        ("mllama", "image", "dapo", 0.0),
     ],
 )
-def test_exact_loss_and_gradients(family, loss_type, beta, tmp_path):
-    # covers U7
+def test_exact_loss_and_gradients(family, kind, loss_type, beta, tmp_path):
+    # covers U7 A1
     model, processor = tiny.build(family)
     exact = copy.deepcopy(model).double()
     reference_model = copy.deepcopy(exact)
-    data = rows("mixed")
+    data = rows_of_kinds(tiny.KINDS[family], together=False) if kind == "all" else rows("mixed", kind)
     gradients = Gradients()
     options = {"loss_type": loss_type, "beta": beta, "max_grad_norm": 0.0}
     trainer = recorder.Recorder(
         model,
         recorder.reward,
         recorder.config(tmp_path, **options),
-        Dataset.from_list(data),
+        table(data),
         processing_class=processor,
         callbacks=[gradients],
     )

@@ -66,11 +66,12 @@ def logged(trainer, key: str) -> list:
 # ---- surface ----------------------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_trls_and_one_keyword():
+def test_the_signature_is_trls_and_two_keywords():
     theirs = inspect.signature(trl.GRPOTrainer.__init__).parameters
     ours = inspect.signature(VLMGRPOTrainer.__init__).parameters
     assert list(ours)[: len(theirs)] == list(theirs), "positional arguments mean what they mean in TRL"
-    assert list(ours)[len(theirs) :] == ["media_root"] and ours["media_root"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(ours)[len(theirs) :] == ["media_root", "media"]
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ("media_root", "media"))
     for name, parameter in theirs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
 
@@ -668,7 +669,13 @@ REFUSED = {
     "rollout": (rows(), {"rollout_func": print}, UnsupportedError, "rollout_func has no multimodal test"),
     "environment": (rows(), {"environment_factory": dict}, UnsupportedError, "environment_factory has no"),
     "a list of rows": (tuple(rows()), {}, DataFormatError, "train_dataset is a tuple"),
-    "video": (part(type="video"), {}, DataFormatError, "a part of type 'video'.*Use one of text, image"),
+    "hologram": (part(type="hologram"), {}, DataFormatError, "a part of type 'hologram'.*Use one of text, image"),
+    "a video": (
+        part(type="video", video="v.mp4"),
+        {},
+        MediaError,
+        'The video "v.mp4" does not exist — row 0 of the batch',
+    ),
     "more slots": ([{**r, "images": []} for r in rows()], {}, DataFormatError, "has 1 image slot but .* holds 0"),
     "more images": (
         [{**r, "images": [tiny.image(1)] * 3} for r in rows(images=2)],

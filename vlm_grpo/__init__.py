@@ -14,9 +14,11 @@ _HOMES = {
     "VLMSFTTrainer": "sft",
     "VLMSFTConfig": "sft",
     "LoraOptions": "config",
+    "MediaOptions": "config",
     "RunConfig": "config",
     "load_model": "models",
     "load_data": "data",
+    "scan_media": "data.scan",
     "load_rewards": "rewards",
     "apply_unsloth_patch": "patches.unsloth",
     "undo_unsloth_patch": "patches.unsloth",
@@ -26,8 +28,10 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .config import LoraOptions as LoraOptions
+    from .config import MediaOptions as MediaOptions
     from .config import RunConfig as RunConfig
     from .data import load_data as load_data
+    from .data.scan import scan_media as scan_media
     from .errors import VLMGRPOError as VLMGRPOError
     from .models import load_model as load_model
     from .patches.unsloth import apply_unsloth_patch as apply_unsloth_patch

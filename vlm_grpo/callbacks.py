@@ -118,7 +118,7 @@ class MetricsCallback(TrainerCallback):
 class SamplesCallback(TrainerCallback):
     """Appends completions to a JSON-lines file: of the newest rollout at every log, each rollout at most once.
 
-    A line holds ``step, prompt, completion, answer, rewards, advantage, images``: texts with the media's labels in
+    A line holds ``step, prompt, completion, answer, rewards, advantage, media``: texts with the media's labels in
     place of the media, and what rewards logged by TRL's ``log_extra`` under its own name.
 
     Args:
@@ -158,12 +158,12 @@ class SamplesCallback(TrainerCallback):
         extra = {name: list(values) for name, values in logs["extra"].items() if len(values) == count}
         rows = []
         for index in range(min(count, self.per_step)):
-            prompt, images = transcript(logs["prompt"][index])
+            prompt, media = transcript(logs["prompt"][index])
             rows.append(
                 {name: values[index] for name, values in extra.items()}
                 | {"step": step, "prompt": prompt, "completion": transcript(logs["completion"][index])[0]}
                 | {"rewards": {name: values[index] for name, values in logs["rewards"].items()}}
-                | {"advantage": logs["advantages"][index], "images": images}
+                | {"advantage": logs["advantages"][index], "media": media}
             )
         return rows
 

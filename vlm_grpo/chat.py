@@ -1,4 +1,4 @@
-"""Talk to a trained run: one question, or a conversation about some pictures."""
+"""Talk to a trained run: one question, or a conversation about some pictures, videos or sounds."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.prompt import Prompt
 
-from .config import load_config
+from .config import RunConfig, load_config
 from .data import to_sample
 from .encode import encode
 from .evaluate import greedy
@@ -16,12 +16,20 @@ from .models import load_model
 _LEAVE = {"", "exit", "quit", "/exit", "/quit"}
 
 
-def chat(run: str, images: list[str], prompt: str | None = None, max_new_tokens: int = 256) -> str:
-    """Answer ``prompt`` about ``images`` greedily; without a prompt, hold a conversation on the terminal.
+def chat(
+    run: str,
+    images: list[str] | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int = 256,
+    *,
+    videos: list[str] | None = None,
+    audios: list[str] | None = None,
+) -> str:
+    """Answer ``prompt`` about some media greedily; without a prompt, hold a conversation on the terminal.
 
     Args:
         run: a run folder, or anything ``load_model`` takes.
-        images: picture files, shown with the first question.
+        images, videos, audios: media files, shown with the first question.
         prompt: the question; None reads questions until an empty line.
         max_new_tokens: longest answer, in tokens.
 
@@ -29,30 +37,39 @@ def chat(run: str, images: list[str], prompt: str | None = None, max_new_tokens:
         The last answer, also printed.
 
     Raises:
-        MediaError: a picture that cannot be opened.
+        MediaError: a medium that cannot be opened.
     """
-    model, processor = load_model(run, **_as_trained(run))
+    config = _config(run)
+    model, processor = load_model(run, **_as_trained(config))
+    media = config.media if config is not None else None
     model.eval()
     console, answer = Console(), ""
     messages: list[dict[str, Any]] = []
     question = prompt if prompt is not None else _ask()
     while question is not None:
-        pictures = images if not messages else []
-        parts = [{"type": "image", "image": str(Path(path).expanduser())} for path in pictures]
+        given = {"image": images, "video": videos, "audio": audios} if not messages else {}
+        parts = [
+            {"type": kind, kind: str(Path(path).expanduser())} for kind, paths in given.items() for path in paths or []
+        ]
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
-        answer = greedy(model, processor, [encode(processor, to_sample({"prompt": messages}))], max_new_tokens)[0]
+        answer = greedy(
+            model, processor, [encode(processor, to_sample({"prompt": messages}), media=media)], max_new_tokens
+        )[0]
         console.print(answer, markup=False, highlight=False, soft_wrap=True)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         question = None if prompt is not None else _ask()
     return answer
 
 
-def _as_trained(run: str) -> dict[str, Any]:
-    """How a run loaded its model: answers from other weights would not be those that were trained and measured."""
+def _config(run: str) -> RunConfig | None:
     file = Path(run).expanduser() / CONFIG
-    if not file.is_file():
+    return load_config(file) if file.is_file() else None
+
+
+def _as_trained(config: RunConfig | None) -> dict[str, Any]:
+    """How a run loaded its model: answers from other weights would not be those that were trained and measured."""
+    if config is None:
         return {}
-    config = load_config(file)
     return {"load_in_4bit": config.load_in_4bit, "dtype": config.dtype, "backend": config.backend}
 
 

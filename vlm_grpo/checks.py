@@ -1,15 +1,18 @@
-"""Does every trained tower receive a gradient? Asked after the first backward pass, and each step on request."""
+"""What a run is stopped for: a trained tower without gradient, prompts that are too long, no step at all."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import ConfigError, GradientError
+from .errors import ConfigError, EncodingError, GradientError, MediaError
+from .intake import Intake
+from .waiting import track
 
 
 @dataclass
@@ -55,8 +58,8 @@ class GradientCheck(TrainerCallback):
     """Stops a run whose trained tower receives no gradient, naming the tower.
 
     The trainer shows it every output of the model that the loss is made of (``watch``): a vision tower owes no
-    gradient to rows without images, and nothing owes one to rows that do not count (equal rewards, truncated and
-    masked completions), so the check waits for a row that counts.
+    gradient to rows without pictures, an audio tower none to rows without sound, and nothing owes one to rows that do
+    not count (equal rewards, truncated and masked completions), so the check waits for a row that counts.
 
     Args:
         tower_of: parameter name to tower name.
@@ -70,15 +73,21 @@ class GradientCheck(TrainerCallback):
         self.tower_of = tower_of
         self.pending = check
         self.log = log
-        self.saw_media = self.saw_signal = False
+        self.saw: set[str] = set()
+        self.saw_signal = False
 
-    def watch(self, outputs: torch.Tensor | None, has_media: list[bool]) -> None:
-        """Note which rows of ``outputs`` (B, T) the backward pass gives a gradient, and which of them hold media."""
+    def watch(self, outputs: torch.Tensor | None, senses: Sequence[Iterable[str]]) -> None:
+        """Note which rows of ``outputs`` (B, T) the backward pass gives a gradient, and what their media reach.
+
+        Args:
+            outputs: what the loss is made of.
+            senses: per row, ``vision`` and ``audio`` where its media reach that tower.
+        """
 
         def note(gradient: torch.Tensor) -> None:
-            for counts, media in zip(gradient.flatten(1).any(1).tolist(), has_media, strict=True):
+            for counts, row in zip(gradient.flatten(1).any(1).tolist(), senses, strict=True):
                 self.saw_signal |= counts
-                self.saw_media |= counts and media
+                self.saw |= set(row) if counts else set()
 
         if self.pending and outputs is not None and outputs.requires_grad:
             outputs.register_hook(note)
@@ -99,17 +108,22 @@ class GradientCheck(TrainerCallback):
                 _log(report, self.log)
             overflow = args.fp16 and any(tower.non_finite for tower in report.values())  # the loss scale adapts
             if self.pending and self.saw_signal and not overflow:
-                self._stop_on_silence(report)
-        self.saw_media = self.saw_signal = False
+                sees = any(self.tower_of(name) == "vision" for name, _ in model.named_parameters())
+                self._stop_on_silence(report, {"vision", "audio", "projector"} - self._reached(sees))
+        self.saw, self.saw_signal = set(), False
 
-    def _stop_on_silence(self, report: dict[str, TowerGradient]) -> None:
+    def _reached(self, sees: bool) -> set[str]:
+        """The towers that owe a gradient to the media of this step; of a model that sees, the projector is vision's."""
+        return self.saw | ({"projector"} if self.saw & ({"vision"} if sees else {"vision", "audio"}) else set())
+
+    def _stop_on_silence(self, report: dict[str, TowerGradient], excused: set[str]) -> None:
         for name, tower in report.items():  # before silence: clipping an infinite norm silences all the others
             if tower.non_finite:
                 raise GradientError(
                     f"{tower.non_finite} of {tower.trainable} trained parameters of the {name} tower have a NaN or "
                     "infinite gradient on step 1. Train in bf16 or fp32, or lower the learning rate."
                 )
-        due = {name: tower for name, tower in report.items() if self.saw_media or name not in ("vision", "projector")}
+        due = {name: tower for name, tower in report.items() if name not in excused}
         for name, tower in due.items():
             if tower.received == 0:
                 raise GradientError(
@@ -120,6 +134,27 @@ class GradientCheck(TrainerCallback):
                 )
         # Towers that only media reach stay owed until a batch with media has come.
         self.pending = len(due) < len(report)
+
+
+class LengthCheck(TrainerCallback):
+    """Reads every row before step 1 where one that is too long is to stop the run (``on_overlong="error"``).
+
+    Args:
+        intake: what reads the rows.
+        rows: the training dataset; a streaming one is only checked row by row as it comes.
+    """
+
+    def __init__(self, intake: Intake, rows: Any) -> None:
+        self.intake, self.rows = intake, rows
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.intake.max_length is None or self.intake.on_overlong == "drop" or not hasattr(self.rows, "__len__"):
+            return
+        for number, row in enumerate(track(self.rows, "Reading the length of every prompt", len(self.rows)), 1):
+            try:
+                self.intake.read(row, f"row {number} of the dataset")
+            except (MediaError, EncodingError) as error:  # as in training
+                self.intake.leave_out(error)
 
 
 class StepsCheck(TrainerCallback):

@@ -10,7 +10,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .config import DataOptions, RunConfig, load_config, require
+from .config import DataOptions, MediaOptions, RunConfig, load_config, require
 from .errors import ConfigError, VLMGRPOError
 from .yaml_text import parse_value
 
@@ -134,6 +134,9 @@ def _run(
     model: Annotated[str | None, typer.Option("--model", help=_help("model"))] = None,
     data: Annotated[str | None, typer.Option("--data", help=_help("train", DataOptions))] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help=_help("eval", DataOptions))] = None,
+    media_root: Annotated[str | None, typer.Option("--media-root", help=_help("media_root", DataOptions))] = None,
+    scan: Annotated[str | None, typer.Option("--scan", help=_help("scan", MediaOptions))] = None,
+    on_bad_media: Annotated[str | None, typer.Option("--on-bad-media", help=_help("on_bad", MediaOptions))] = None,
     reward: Annotated[list[str] | None, typer.Option("--reward", help=_help("rewards") + " Repeatable.")] = None,
     output: Annotated[str | None, typer.Option("--output", help=_help("output"))] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after so many training steps.")] = None,
@@ -163,6 +166,9 @@ def _run(
         "model": model,
         "data.train": data,
         "data.eval": eval_data,
+        "data.media_root": media_root,
+        "media.scan": scan,
+        "media.on_bad": on_bad_media,
         "rewards": reward or None,
         "output": output,
         "max_steps": max_steps,
@@ -195,11 +201,16 @@ def _say_result(result: Any) -> None:
     why = f" ({result.stopped})" if result.stopped else ""
     out.print(
         f"{result.steps} steps in {result.seconds:.0f} s{why}, saved in {result.run_dir}\n"
+        f"{_left_out(result.left_out)}"
         f"Talk to it: vlm-grpo chat {result.run_dir} --image picture.png",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _left_out(counts: dict[str, int]) -> str:
+    return f"Left out: {', '.join(f'{count} ({name})' for name, count in counts.items())}\n" if counts else ""
 
 
 _SIGNALS = {"Ctrl-C": 130, "SIGTERM": 143}  # 128 + the signal's number, as a shell reports it
@@ -272,6 +283,8 @@ def _flat(value: dict[str, Any], at: str = "") -> list[tuple[str, Any]]:
 def chat(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or any model that train takes.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="A picture to ask about. Repeatable.")] = None,
+    video: Annotated[list[str] | None, typer.Option("--video", help="A video to ask about. Repeatable.")] = None,
+    audio: Annotated[list[str] | None, typer.Option("--audio", help="A sound to ask about. Repeatable.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this and stop; without it, a conversation.")] = (
         None
     ),
@@ -283,18 +296,20 @@ def chat(
     _set_up_logging()
     from . import chat as chats
 
-    chats.chat(run, image or [], prompt, max_new_tokens)
+    chats.chat(run, image, prompt, max_new_tokens, videos=video, audios=audio)
 
 
 @app.command()
 def demo(
-    modality: Annotated[Literal["image"], typer.Option("--modality", help="What the demo's rows hold.")] = "image",
+    modality: Annotated[
+        Literal["image", "video", "audio"], typer.Option("--modality", help="What the demo's rows hold.")
+    ] = "image",
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights, sampling and shuffling.")] = 0,
     output: Annotated[str | None, typer.Option("--output", help="Folder of the demo's runs and pictures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line at the end.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters.")] = False,
 ) -> None:
-    """Teach a tiny model to read real handwritten digits, in minutes, on any computer."""
+    """Teach a tiny model to read handwritten digits, see motion or hear words, in minutes, on any computer."""
     _set_up_logging()
     from . import demo as demos
 

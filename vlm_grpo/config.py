@@ -67,6 +67,69 @@ class DataOptions(_Options):
         default=None, description="Split of the held-out dataset; unset takes its usual one."
     )
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many training rows.")
+    media_root: str | None = Field(
+        default=None, description="Folder that relative media paths start from; unset: the data file's."
+    )
+
+
+class MediaOptions(_Options):
+    """How images, videos and sounds are opened, and what happens to those that cannot be."""
+
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="Enlarge images and frames of fewer pixels; unset: the processor's own limit."
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Reduce images and frames of more pixels; unset: the processor's own limit."
+    )
+    min_frames: int = Field(default=4, ge=1, description="Fewest frames taken of a video (where it has as many).")
+    max_frames: int = Field(default=16, ge=1, description="Most frames taken of a video.")
+    base_interval: float | None = Field(
+        default=None, gt=0, description="Seconds between the frames taken of a video, within the two limits; unset: 1."
+    )
+    fps: float | None = Field(
+        default=None, gt=0, description="Frames taken a second: another way to say 1 / base_interval."
+    )
+    dynamic_sample: bool = Field(
+        default=False, description="Draw the number of frames between the two limits anew each epoch (seeded)."
+    )
+    audio_in_video: bool = Field(
+        default=False, description="Videos are heard too: their audio track goes to the model, where it can take it."
+    )
+    max_audio_seconds: float | None = Field(
+        default=None, gt=0, description="Keep so many seconds of each sound; unset: one too long for the model is bad."
+    )
+    scan: Literal["headers", "full", "off"] = Field(
+        default="headers",
+        description="Before training: open every medium and read its size (headers), decode it whole (full), or not.",
+    )
+    on_bad: Literal["error", "drop"] = Field(
+        default="error",
+        description="Bad media stop the run with a list, or their rows are dropped and counted.",
+    )
+
+    @classmethod
+    def of(cls, value: "MediaOptions | dict[str, Any] | None") -> "MediaOptions":
+        """The options themselves, from their values by name, or the defaults.
+
+        Raises:
+            ConfigError: an unknown name, or a value that cannot be.
+        """
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls.model_validate(value or {})
+        except ValidationError as error:
+            raise _as_sentence(error, {}, ("media",)) from error
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> "MediaOptions":
+        for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low}={least} is more than {high}={most}; swap them")
+        if self.fps is not None and self.base_interval is not None:
+            raise ValueError(f"fps={self.fps:g} and base_interval={self.base_interval:g} say the same; keep one")
+        return self
 
 
 class RewardSpec(_Options):
@@ -97,6 +160,7 @@ class RunConfig(_Options):
         description="Train LoRA adapters with these options (true: the defaults); unset trains the whole model.",
     )
     data: DataOptions = Field(default_factory=DataOptions, description="Training and held-out rows.")
+    media: MediaOptions = Field(default_factory=MediaOptions, description="How media are opened and checked.")
     rewards: list[RewardSpec] = Field(
         default_factory=list, description='Reward functions: name, "name=weight", or "file.py:function".'
     )
@@ -215,7 +279,8 @@ def _layers(
     options: dict[str, Any] = {}
     for key, value in direct.items():
         known = key.split(".")[0] in RunConfig.model_fields or key in PREDECESSORS
-        _put(options, key if known else f"train.{key}", value, "command line")
+        section = "media" if key in MediaOptions.model_fields else "train"
+        _put(options, key if known else f"{section}.{key}", value, "command line")
     yield "command line", options
     settings: dict[str, Any] = {}
     for text in overrides:
@@ -266,17 +331,22 @@ def _merge(target: dict[str, Any], layer: dict[str, Any], source: str, origin: d
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys that are allowed beside the one at ``location``."""
-    sections: dict[str, type[BaseModel]] = {"lora": LoraOptions, "data": DataOptions, "rewards": RewardSpec}
+    sections: dict[str, type[BaseModel]] = {
+        "lora": LoraOptions,
+        "data": DataOptions,
+        "media": MediaOptions,
+        "rewards": RewardSpec,
+    }
     model = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
     return list(model.model_fields)
 
 
-def _as_sentence(error: ValidationError, origin: dict[str, str]) -> ConfigError:
+def _as_sentence(error: ValidationError, origin: dict[str, str], at: tuple[str, ...] = ()) -> ConfigError:
     """The first problem pydantic found, said with its key, its value and where it was written."""
     problems = error.errors()
     # A misspelt key often is why another one is missing.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = problem["loc"]
+    location = at + problem["loc"]
     path = ".".join(str(part) for part in location)
     source = next((origin[p] for p in _prefixes(path) if p in origin), "config")
     last = str(location[-1]) if location else ""

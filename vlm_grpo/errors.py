@@ -5,7 +5,9 @@ VLMGRPOError
 ├── DataFormatError (ValueError)      a dataset row that cannot be read as a sample
 ├── MediaError (OSError)              a medium that cannot be opened or is not what it says
 ├── EncodingError (ValueError)        a processor whose output does not match the row's media
+├── OverlongError (ValueError)         a prompt of more tokens than the run allows
 ├── RewardError (ValueError)          a reward that cannot be resolved or called
+├── FlowError (RuntimeError)          media that do not reach the loss, or not as generation sees them
 ├── GradientError (RuntimeError)      a trained tower that receives no gradient
 ├── CheckpointError (RuntimeError)    a run folder that cannot be continued
 └── UnsupportedError (NotImplementedError)  a combination that has no test yet, or that cannot work here
@@ -32,8 +34,16 @@ class EncodingError(VLMGRPOError, ValueError):
     """A processor whose output does not match the media of the row."""
 
 
+class OverlongError(VLMGRPOError, ValueError):
+    """A prompt of more tokens than the run allows."""
+
+
 class RewardError(VLMGRPOError, ValueError):
     """A reward that cannot be resolved or called."""
+
+
+class FlowError(VLMGRPOError, RuntimeError):
+    """Media that do not reach the loss, or not as generation sees them."""
 
 
 class GradientError(VLMGRPOError, RuntimeError):

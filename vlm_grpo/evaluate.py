@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
-from .data import Sample, to_sample
-from .encode import EncodedPrompt, encode, model_inputs
-from .media import Medium
+from .data import Sample, blanked, decoded, undecoded
+from .encode import EncodedPrompt, model_inputs
+from .errors import EncodingError, MediaError, OverlongError
+from .intake import Intake
+from .media.hearing import extractor_of
+from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together
 from .rewards.accuracy import accuracy
 
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
@@ -29,12 +31,14 @@ class Evaluation:
         ci95: Wilson 95% interval of it.
         answers: the decoded completions, in row order.
         correct: per row.
+        left_out: rows that could not be used; they count for nothing.
     """
 
     accuracy: float
     ci95: tuple[float, float]
     answers: list[str]
     correct: list[bool]
+    left_out: int = 0
 
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -62,6 +66,7 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int = 64,
     template: dict[str, Any] | None = None,
+    intake: Intake | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer every row greedily and count the right answers.
@@ -71,32 +76,57 @@ def evaluate(
         processor: the model's.
         rows: dataset rows; never trained on, or the figure means nothing.
         score: a reward function, called as the trainer calls it; a row counts as right when it returns 1 or more.
-        blank: replace every image by a black one of its size: what is left is what the text alone gives away.
+        blank: black pictures and frames and silence in place of the media: what is left is what the text gives away.
         batch_size: rows per ``generate`` call.
         max_new_tokens: length limit of an answer.
         template: keyword arguments of the chat template, as in training (``chat_template_kwargs``).
+        intake: how rows are read, and what happens to those that cannot be; by default one that stops at them.
         progress: called with the number of rows done after each batch.
+
+    Raises:
+        MediaError, EncodingError, OverlongError: a row cannot be used and the intake leaves none out.
     """
+    intake = intake or Intake(processor, placeholder_ids_by_kind(model.config, processor), template=template)
     answers: list[str] = []
     scores: list[float | None] = []
+    rows, pictures = undecoded(rows)
+    done = 0
     with _evaluation_mode(model):
         for batch in _batches(rows, batch_size):
-            samples = [
-                to_sample(row, where=f"row {n} of the evaluation") for n, row in enumerate(batch, len(answers) + 1)
-            ]
-            encodings = [
-                encode(processor, _blanked(sample) if blank else sample, **(template or {})) for sample in samples
-            ]
-            ids = _greedy_ids(model, processor, encodings, max_new_tokens)
-            texts = _decode(processor, ids)
-            values = score(**_reward_arguments(batch, samples, texts, ids))
-            scores += _awaited(values) if inspect.iscoroutine(values) else values
-            answers += texts
+            read = _read(intake, batch, done, blank)
+            done += len(batch)
+            if read:
+                ids = _greedy_ids(model, processor, [encoding for _, _, encoding in read], max_new_tokens)
+                texts = _decode(processor, ids)
+                shown = [decoded(row, pictures) for row, _, _ in read]
+                values = score(**_reward_arguments(shown, [sample for _, sample, _ in read], texts, ids))
+                scores += _awaited(values) if inspect.iscoroutine(values) else values
+                answers += texts
             if progress is not None:
-                progress(len(answers))
+                progress(done)
     correct = [value is not None and value >= 1 for value in scores]
     scored = sum(value is not None for value in scores)
-    return Evaluation(sum(correct) / max(1, scored), wilson(sum(correct), scored), answers, correct)
+    right = sum(correct)
+    return Evaluation(right / max(1, scored), wilson(right, scored), answers, correct, done - len(answers))
+
+
+def _read(
+    intake: Intake, batch: list[dict[str, Any]], done: int, blank: bool
+) -> list[tuple[dict[str, Any], Sample, EncodedPrompt]]:
+    """The rows that can be used, as samples and encodings."""
+    out = []
+    for number, row in enumerate(batch, done + 1):
+        try:
+            sample, encoding = intake.read(row, f"row {number} of the evaluation")
+            if blank and sample.media:
+                extractor = extractor_of(intake.processor)
+                sample = blanked(sample, intake.media, extractor.sampling_rate if extractor else None)
+                encoding = intake.encode(sample)
+        except (MediaError, EncodingError, OverlongError) as error:
+            intake.leave_out(error)
+            continue
+        out.append((row, sample, encoding))
+    return out
 
 
 def greedy(model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int) -> list[str]:
@@ -108,13 +138,18 @@ def _greedy_ids(model: Any, processor: Any, encodings: list[EncodedPrompt], max_
     """The tokens of each completion, up to and including the one that ends it."""
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    inputs = model_inputs(encodings, pad, next(model.parameters()).device)
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    completions = output[:, inputs["input_ids"].size(1) :].tolist()
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in completions]
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options["suppress_tokens"] = list(placeholder_ids(model.config, processor)) or None
+    out: dict[int, list[int]] = {}
+    for rows in together(family_of(model.config), encodings):
+        inputs = model_inputs([encodings[row] for row in rows], pad, next(model.parameters()).device)
+        with torch.no_grad():
+            output = model.generate(**inputs, **options)
+        for row, ids in zip(rows, output[:, inputs["input_ids"].size(1) :].tolist(), strict=True):
+            out[row] = ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+    return [out[row] for row in range(len(encodings))]
 
 
 def _decode(processor: Any, ids: list[list[int]]) -> list[str]:
@@ -151,24 +186,6 @@ def _batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
-
-
-def _blanked(sample: Sample) -> Sample:
-    black = {id(medium): Medium(Image.new("RGB", medium.open().size), medium.where) for medium in sample.media}
-    media = [black[id(medium)] for medium in sample.media]
-    if isinstance(sample.prompt, str):
-        return Sample(sample.prompt, media, sample.columns)
-    prompt = [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": black[id(part["image"])]} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in sample.prompt
-    ]
-    return Sample(prompt, media, sample.columns)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ INPUTS, EVALUATION = "inputs.json", "evaluation.json"
 # What a run has written before its first step; "completions" is TRL's.
 _BEFORE_TRAINING = {CONFIG, INPUTS, EVALUATION, "completions"}
 # Neither changes what is learned: a run may be moved, and continued with another time limit.
-_FREE_TO_CHANGE = ("output", "max_minutes")
+_FREE_TO_CHANGE = ("output", "max_minutes", "media.scan", "media.on_bad", "train.flow_check", "train.gradient_check")
 
 
 @contextmanager
@@ -105,14 +105,16 @@ def check_run_folder(config: RunConfig, command: str) -> None:
         )
 
 
-def check_inputs(folder: Path, rows: list[Path], rewards: list[Path]) -> None:
+def check_inputs(folder: Path, rows: list[Path], rewards: list[Path], kept: dict[str, str]) -> None:
     """Remember the content of the run's files, and compare it with what the run began with.
 
     A changed row would shift the order in which all rows come: ``CheckpointError``. A reward may have been mended, so
-    a changed one is only said.
+    a changed one is only said. ``kept`` stands, by dataset, for the rows that the scan of their media kept: another
+    choice shifts the rows too.
     """
     files = [path for path in (*rows, *rewards) if path.is_file()]
     now = {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    now |= {f"the rows left out of {name}": digest for name, digest in kept.items()}
     before = read_json(folder / INPUTS)
     changed = {path for path, digest in before.items() if now.get(path, digest) != digest}
     mended = changed & {str(path.resolve()) for path in rewards}

@@ -44,12 +44,6 @@ def _refused(say: str, *harmless: Any) -> Predecessor:
 
 
 _LORA_ONLY = "adapters are trained there; the tower's own weights stay frozen"
-_PIXELS = (
-    "image size limits per run are not available in this version; resize the images of the dataset, "
-    "or set the limits in the model's preprocessor_config.json"
-)
-_FOLDER = "media paths are relative to the data file; write them so, or in full, in the rows"
-_VIDEO = "video is not available in this version"
 _ONE_RATE = "one learning rate serves every trained part in this version; give train.learning_rate"
 
 PREDECESSORS: dict[str, Predecessor] = {
@@ -59,7 +53,6 @@ PREDECESSORS: dict[str, Predecessor] = {
     "finetune_attention_modules": _to("lora.attention"),
     "finetune_mlp_modules": _to("lora.mlp"),
     "use_gradient_checkpointing": _to("train.gradient_checkpointing", convert=lambda v: v == "unsloth" or _is_true(v)),
-    "max_prompt_length": _left_out("prompts are never cut, since a cut prompt loses media"),
     # GRPO for Qwen-VL video understanding
     "grpo_alpha": _left_out("the project that had it never used it; weigh rewards under rewards:, the KL term by beta"),
     "grpo_sample_size": _to("train.num_generations"),
@@ -72,11 +65,13 @@ PREDECESSORS: dict[str, Predecessor] = {
     "vision_tower_lr": _refused(_ONE_RATE),
     "data_path": _to("data.train"),
     "eval_data_path": _to("data.eval"),
-    "image_folder": _refused(_FOLDER),
-    "video_folder": _refused(f"{_VIDEO}; {_FOLDER}"),
-    "min_frames": _refused(_VIDEO),
-    "max_frames": _refused(_VIDEO),
-    "base_interval": _refused(_VIDEO),
+    "image_folder": _to("data.media_root"),
+    "video_folder": _to("data.media_root"),
+    "media_dir": _to("data.media_root"),
+    "min_frames": _to("media.min_frames"),
+    "max_frames": _to("media.max_frames"),
+    "base_interval": _to("media.base_interval"),
+    "dynamic_sample": _to("media.dynamic_sample"),
     "model_max_length": _to("max_seq_length", "it sizes the context and never cuts a prompt"),
     # R1-Omni and Hugging Face scripts
     "model_name_or_path": _to("model"),
@@ -85,8 +80,8 @@ PREDECESSORS: dict[str, Predecessor] = {
     "dataset_test_split": _to("data.eval_split"),
     "output_dir": _to("output"),
     "reward_funcs": _to("rewards", convert=_split_names),
-    "min_pixels": _refused(_PIXELS),
-    "max_pixels": _refused(_PIXELS),
+    "min_pixels": _to("media.min_pixels"),
+    "max_pixels": _to("media.max_pixels"),
     "torch_dtype": _to("dtype", convert=lambda v: str(v).removeprefix("torch.")),
     "use_peft": _to("lora", convert=_switch),
     "lora_r": _to("lora.r"),
@@ -104,8 +99,10 @@ PREDECESSORS: dict[str, Predecessor] = {
     "lora_rank": _to("lora.r"),
     "lora_target": _to("lora.targets", convert=lambda v: None if v == "all" else _split_names(v)),
     "cutoff_len": _to("max_seq_length", "it sizes the context and never cuts a prompt"),
-    "image_min_pixels": _refused(_PIXELS),
-    "image_max_pixels": _refused(_PIXELS),
+    "image_min_pixels": _to("media.min_pixels"),
+    "image_max_pixels": _to("media.max_pixels"),
+    "video_fps": _to("media.fps"),
+    "video_maxlen": _to("media.max_frames"),
     "quantization_bit": _to("load_in_4bit", "4 is the only bit width", convert=lambda v: str(v) == "4"),
     "freeze_vision_tower": _to("lora.vision", convert=lambda v: not _is_true(v)),
     "freeze_language_model": _to("lora.language", convert=lambda v: not _is_true(v)),
@@ -133,7 +130,8 @@ def translate(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str,
             notes.append(f"{written} is left out: {entry.say}.")
             continue
         _place(out, entry.to, entry.convert(value) if entry.convert else value, f"{source}: {written}")
-        notes.append(f"{written} is {entry.to} here{': ' + entry.say if entry.say else ''}.")
+        if name != entry.to.rpartition(".")[2]:  # only its place is another, which nobody needs to know
+            notes.append(f"{written} is {entry.to} here{': ' + entry.say if entry.say else ''}.")
     return out
 
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from PIL import Image, ImageFont
 
@@ -248,6 +249,7 @@ def contact_sheet(
     out: Path,
     columns: int = 10,
     title: str = "",
+    cell: tuple[int, int] = (120, 120),
 ) -> None:
     """Draw images in a grid, each framed green (right) or red (wrong), with its caption underneath.
 
@@ -258,35 +260,62 @@ def contact_sheet(
         out: the PNG, written beside its name and renamed.
         columns: pictures in a row.
         title: heading, followed by the score.
+        cell: width and height that a picture is scaled into, in pixels.
     """
     from PIL import Image, ImageDraw
 
     assert images and len(images) == len(captions), f"{len(images)} images need as many captions, got {len(captions)}"
     assert correct is None or len(correct) == len(images), f"{len(images)} images, {len(correct or [])} truth values"
-    side, gap, margin, line, frame = 120, 18, 32, 22, 5
+    (wide, high), gap, margin, line, frame = cell, 18, 32, 22, 5
     columns = min(columns, len(images))
     small, large = _font(16), _font(24)
-    texts = [_wrap(caption, small, side + gap - 6) for caption in captions]
-    pitch = side + 2 * frame + 8 + line * max(len(text) for text in texts) + gap
+    texts = [_wrap(caption, small, wide + gap - 6) for caption in captions]
+    pitch = high + 2 * frame + 8 + line * max(len(text) for text in texts) + gap
     header = 64 if title or correct is not None else 0
-    width = 2 * margin + columns * (side + 2 * frame + gap) - gap
+    width = 2 * margin + columns * (wide + 2 * frame + gap) - gap
     height = 2 * margin + header + math.ceil(len(images) / columns) * pitch - gap
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     _sheet_heading(draw, margin, width - margin, title, correct, large, small)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        left, top = margin + column * (side + 2 * frame + gap), margin + header + row * pitch
+        left, top = margin + column * (wide + 2 * frame + gap), margin + header + row * pitch
         right = None if correct is None else bool(correct[index])
         hue = NEUTRAL if right is None else RIGHT if right else WRONG
-        outer = (left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1)
+        outer = (left, top, left + wide + 2 * frame - 1, top + high + 2 * frame - 1)
         draw.rounded_rectangle(outer, radius=6, fill="#f4f5f7", outline=hue, width=frame if right is False else 3)
-        picture = _fit(image, side)
-        sheet.paste(picture, (left + frame + (side - picture.width) // 2, top + frame + (side - picture.height) // 2))
+        picture = _fit(image, cell)
+        sheet.paste(picture, (left + frame + (wide - picture.width) // 2, top + frame + (high - picture.height) // 2))
         for number, text in enumerate(texts[index]):
-            place = (left + frame + side / 2, top + side + 2 * frame + 8 + number * line)
+            place = (left + frame + wide / 2, top + high + 2 * frame + 8 + number * line)
             draw.text(place, text, font=small, fill=WRONG if right is False else INK, anchor="ma")
     _save(sheet.save, out)
+
+
+def filmstrip(frames: "np.ndarray", gap: int = 2) -> "Image.Image":
+    """Frames (F, H, W, 3) uint8 side by side, ``gap`` pixels of paper between them."""
+    from PIL import Image
+
+    count, height, width = frames.shape[:3]
+    strip = Image.new("RGB", (count * (width + gap) - gap, height), PAPER)
+    for number, frame in enumerate(frames):
+        strip.paste(Image.fromarray(frame), (number * (width + gap), 0))
+    return strip
+
+
+def spectrogram(samples: "np.ndarray", rate: int, size: tuple[int, int] = (300, 180)) -> "Image.Image":
+    """Samples (N,) in [-1, 1] as a picture: time rightwards, frequency upwards to 8 kHz, 60 dB from dark to light."""
+    import numpy as np
+    from matplotlib import colormaps
+    from PIL import Image
+
+    window, hop = rate // 40, max(1, len(samples) // size[0])  # 25 ms
+    padded = np.pad(samples, window // 2)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop] * np.hanning(window)
+    power = np.abs(np.fft.rfft(windows))[:, : 8000 * window // rate] ** 2
+    loudness = 10 * np.log10(power / max(power.max(), 1e-12) + 1e-12)
+    colours = colormaps["magma"](np.clip(1 + loudness.T[::-1] / 60, 0, 1), bytes=True)
+    return Image.fromarray(colours[..., :3].copy()).resize(size, Image.Resampling.BICUBIC)
 
 
 def _sheet_heading(draw, left: int, right: int, title: str, correct: Sequence[bool] | None, large, small) -> None:
@@ -297,14 +326,14 @@ def _sheet_heading(draw, left: int, right: int, title: str, correct: Sequence[bo
     draw.text((right, left + 10), score, font=small, fill=MUTED, anchor="ra")
 
 
-def _fit(image: "Image.Image", side: int) -> "Image.Image":
+def _fit(image: "Image.Image", cell: tuple[int, int]) -> "Image.Image":
     """Scale to the cell, keeping the proportions; transparency is laid on white."""
     from PIL import Image
 
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         clear = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", clear.size, PAPER), clear)
-    scale = side / max(image.size)
+    scale = min(cell[0] / image.width, cell[1] / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 

@@ -1,5 +1,6 @@
 """A resolved config to data, model, trainer and artefacts: the one path of every command and of the demo."""
 
+import hashlib
 import logging
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +22,8 @@ from .callbacks import (
 from .checkpoint import MANIFEST, find_checkpoint, is_whole
 from .config import RunConfig, require, resolved
 from .data import load_data
-from .errors import CheckpointError, ConfigError, VLMGRPOError
+from .data.scan import scan_media
+from .errors import CheckpointError, ConfigError, MediaError, VLMGRPOError
 from .evaluate import Evaluation, evaluate
 from .folder import (
     CURVES,
@@ -79,6 +81,8 @@ class RunResult:
         metrics: the last logged step's.
         evaluation: held-out figures by name (``before``, ``after``, ``control``), where ``data.eval`` was given.
         stopped: why it ended early (``time limit``, ``SIGTERM``, ``Ctrl-C``), else None.
+        left_out: rows without good media by dataset, as the scan found them; and how often a row was left out later,
+            by reason.
     """
 
     run_dir: Path
@@ -87,6 +91,7 @@ class RunResult:
     metrics: dict[str, Any]
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def train(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str | None = None) -> RunResult:
@@ -112,6 +117,7 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
     rows = {
         "training rows": len(run.data),
         "held-out rows": 0 if run.held_out is None else len(run.held_out),
+        "rows left out": sum(run.left_out.values()),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "device": str(args.device),
         "starts": f"from {checkpoint.name}" if checkpoint else "from step 0",
@@ -138,8 +144,10 @@ class _Run:
         self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
         data = config.data
         assert data.train is not None, "require() asked for it"
-        self.data = load_data(data.train, data.split, data.limit)
-        self.held_out = load_data(data.eval, data.eval_split or data.split) if data.eval else None
+        self.kept: dict[str, str] = {}
+        self.left_out: dict[str, int] = {}
+        self.data = self._rows(data.train, data.split, data.limit)
+        self.held_out = self._rows(data.eval, data.eval_split or data.split) if data.eval else None
         _check_trackers(self.args.report_to)
         if self.args.eval_strategy != "no" and self.held_out is None:
             raise ConfigError(
@@ -149,11 +157,28 @@ class _Run:
             self.args.reward_weights = self.weights
             check_size(self.data, self.args)
 
+    def _rows(self, name: str, split: str, limit: int | None = None) -> Any:
+        """The rows of a dataset whose media are good, as far as the scan looks."""
+        data, options = self.config.data, self.config.media
+        rows = load_data(name, split, limit, data.media_root, check_files=False)
+        report = scan_media(rows, name, options, data.media_root)
+        if report.bad and options.on_bad == "error":
+            raise MediaError(f"{report.text(name)} Mend or remove them, or leave them out: --on-bad-media drop.")
+        if report.bad:
+            logger.warning("%s They are left out.", report.text(name))
+            kept = [index for index in range(len(rows)) if index + 1 not in report.bad]
+            if not kept:
+                raise MediaError(f"{name}: every row has a medium that cannot be used. Correct the paths or the files.")
+            self.left_out[name] = len(report.bad)
+            rows = rows.select(kept)
+        self.kept[name] = hashlib.sha256(",".join(map(str, sorted(report.bad))).encode()).hexdigest()
+        return rows
+
     def go(self, fresh: bool, resume_from_checkpoint: str | None) -> RunResult:
         with open_run_folder(self.config, self.command, fresh) as folder:
             self.args.distributed_state.wait_for_everyone()  # the first process may have set the old folder aside
             if is_main_process():
-                check_inputs(folder, *self._input_files())
+                check_inputs(folder, *self._input_files(), self.kept)
             done = read_json(folder / RESULT)
             if done and resume_from_checkpoint is None and self._is_over(done):
                 return RunResult(**{**done, "run_dir": folder})
@@ -228,10 +253,11 @@ class _Run:
 
         evaluated = self.held_out if self.args.eval_strategy != "no" else None
         try:
+            media: dict[str, Any] = {"media": self.config.media, "media_root": self.config.data.media_root}
             if self.command == "train":
-                trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor)
+                trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor, **media)
             else:
-                trainer = VLMSFTTrainer(model, self.args, self.data, evaluated, processor)
+                trainer = VLMSFTTrainer(model, self.args, self.data, evaluated, processor, **media)
         except VLMGRPOError:
             raise
         except (
@@ -277,12 +303,13 @@ class _Run:
             trainer.save_model(str(folder))
             if self.held_out is not None:
                 evaluations["after"] = _figures(self._evaluate(trainer, "held-out, after"))
-                evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank images", blank=True))
+                evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank media", blank=True))
                 _write(folder / EVALUATION, evaluations)
             if is_main_process():
                 draw_curves(folder / METRICS, folder / CURVES)
         last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
-        result = RunResult(folder, trainer.state.global_step, seconds, last, evaluations, stop.reason)
+        left_out = {**self.left_out, **trainer.intake.left_out}
+        result = RunResult(folder, trainer.state.global_step, seconds, last, evaluations, stop.reason, left_out)
         _write(folder / RESULT, {**asdict(result), "run_dir": str(folder)})
         return result
 
@@ -299,7 +326,7 @@ class _Run:
                 blank=blank,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=length,
-                template=getattr(self.args, "chat_template_kwargs", None),
+                intake=trainer.intake,
                 progress=lambda done: progress.update(task, completed=done),
             )
 
@@ -351,4 +378,5 @@ def _restore(trainer: Any, checkpoint: Path) -> None:
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    return {"accuracy": evaluation.accuracy, "ci95": list(evaluation.ci95), "rows": len(evaluation.correct)}
+    figures = {"accuracy": evaluation.accuracy, "ci95": list(evaluation.ci95), "rows": len(evaluation.correct)}
+    return figures | ({"left_out": evaluation.left_out} if evaluation.left_out else {})

@@ -4,25 +4,30 @@ The loss is the mean negative log-probability of the completion's tokens; prompt
 """
 
 import copy
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
-from trl.trainer.utils import add_fused_lm_head
 
 from .checkpoint import ExactCheckpoints
-from .checks import GradientCheck
-from .data import MEDIA_COLUMNS, to_sample
-from .encode import EncodedPrompt, check_placeholders, collate, completion_ids, encode
+from .checks import GradientCheck, LengthCheck
+from .config import MediaOptions
+from .data import undecoded
+from .encode import EncodedPrompt, collate, completion_ids
 from .errors import ConfigError, DataFormatError, UnsupportedError
-from .models.families import family_of, placeholder_ids, tower_of
-from .patches.trl import LOG_PROBS
+from .intake import Intake
+from .models.families import family_of, placeholder_ids_by_kind, together, tower_of
+from .patches.trl import LOG_PROBS, add_fused_head
 from .rewards.text import completion_text, written
 from .trainer_config import check_ranges, resolve_precision
+
+_MOST_TRIED = 100  # rows, in the place of one that cannot be used
 
 
 @dataclass
@@ -39,6 +44,13 @@ class VLMSFTConfig(TrainingArguments):
         default=False, metadata={"help": "Log at every step, per tower, how many trained parameters got a gradient."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are encoded from their columns."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Leave out rows of more tokens than this, media included. Prompts are never cut."},
+    )
+    on_overlong: Literal["drop", "error"] = field(
+        default="drop", metadata={"help": "Rows longer than max_prompt_length are left out, or stop the run."}
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision in bf16; unset follows the machine."})
 
     def __post_init__(self) -> None:
@@ -53,7 +65,7 @@ class VLMSFTConfig(TrainingArguments):
 
 
 class VLMSFTTrainer(ExactCheckpoints):
-    """Learns the completions of ``prompt`` + ``image(s)`` + completion rows.
+    """Learns the completions of ``prompt`` + media + completion rows.
 
     Args:
         model: the model, with or without adapters.
@@ -61,6 +73,7 @@ class VLMSFTTrainer(ExactCheckpoints):
         train_dataset: rows as for ``VLMGRPOTrainer``, with the text to learn in ``args.completion_column``.
         processing_class: the processor; it is copied and never changed.
         media_root: the folder that relative media paths start from.
+        media: how media are opened, and what happens to those that cannot be.
         kwargs: the remaining arguments of transformers' ``Trainer``.
 
     Raises:
@@ -77,6 +90,7 @@ class VLMSFTTrainer(ExactCheckpoints):
         eval_dataset: Any = None,
         processing_class: Any = None,
         media_root: str | Path | None = None,
+        media: MediaOptions | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         names = getattr(train_dataset, "column_names", None)
@@ -86,7 +100,7 @@ class VLMSFTTrainer(ExactCheckpoints):
                 "Set train.completion_column to one of them."
             )
         LOG_PROBS.ensure()
-        self.media_root = None if media_root is None else Path(media_root)
+        train_dataset, eval_dataset = (undecoded(dataset)[0] for dataset in (train_dataset, eval_dataset))
         processing_class = copy.deepcopy(processing_class)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self.tokenizer.pad_token is None:
@@ -103,9 +117,18 @@ class VLMSFTTrainer(ExactCheckpoints):
         )
         self.model_accepts_loss_kwargs = True  # the fused head does, whatever the model says of its own loss
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_fused_lm_head(base)
-        self.placeholder_ids = placeholder_ids(model.config, processing_class)
-        family = family_of(model.config)
+        add_fused_head(base)
+        self.intake = Intake(
+            processing_class,
+            placeholder_ids_by_kind(model.config, processing_class),
+            MediaOptions.of(media),
+            None if media_root is None else Path(media_root),
+            max_length=args.max_prompt_length,
+            on_overlong=args.on_overlong,
+            seed=args.seed,
+        )
+        self.add_callback(LengthCheck(self.intake, train_dataset))
+        self._family = family = family_of(model.config)
         self._gradient_metrics: dict[str, float] = {}
         self._gradient_check = GradientCheck(
             lambda name: tower_of(family, name),
@@ -114,12 +137,14 @@ class VLMSFTTrainer(ExactCheckpoints):
         )
         self.add_callback(self._gradient_check)
 
-    def collate_rows(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Rows to model inputs: prompts left-padded, completions right-padded, ``labels`` -100 elsewhere."""
-        pairs = [self._encode_row(row) for row in rows]
+    def collate_rows(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows to tensors: prompts left-padded, completions right-padded, ``labels`` -100 elsewhere.
+
+        Beside them ``encodings``: the rows' media, collated when it is known which rows share a forward.
+        """
+        pairs = [self._encode_row(row, rows) for row in rows]
         encodings, targets = [encoding for encoding, _ in pairs], [torch.tensor(ids) for _, ids in pairs]
         prompt = max(len(encoding.input_ids) for encoding in encodings)
-        completion = max(len(ids) for ids in targets)
         pad = self.tokenizer.pad_token_id
         ids = [torch.tensor([pad] * (prompt - len(e.input_ids)) + e.input_ids) for e in encodings]
         mask = [torch.tensor([0] * (prompt - len(e.input_ids)) + [1] * len(e.input_ids)) for e in encodings]
@@ -130,10 +155,13 @@ class VLMSFTTrainer(ExactCheckpoints):
             "input_ids": torch.cat([torch.stack(ids), tail_ids], 1),
             "attention_mask": torch.cat([torch.stack(mask), tail_mask], 1),
             "labels": torch.cat([labels.new_full((len(rows), prompt), -100), labels], 1),
-            **collate(encodings, prompt + completion, [completion] * len(rows)),
+            "encodings": encodings,
         }
 
-    def _encode_row(self, row: dict[str, Any]) -> tuple[EncodedPrompt, list[int]]:
+    def _encode_row(self, row: dict[str, Any], others: list[dict[str, Any]]) -> tuple[EncodedPrompt, list[int]]:
+        """The row; where it cannot be used, another of its batch or of the dataset."""
+        epoch = int(self.state.epoch or 0) if self.model is None or self.model.training else None
+        row, sample, encoding = self.intake.read_one_of(self._candidates(row, others), epoch=epoch)
         value = row.get(self.args.completion_column)
         completion = completion_text(value) if isinstance(value, (str, list)) else written(value)
         if value is None or not completion:
@@ -141,21 +169,31 @@ class VLMSFTTrainer(ExactCheckpoints):
                 f'A row has no text in "{self.args.completion_column}" to learn: {str(row.get("prompt"))[:80]}. '
                 "Fill it in, or remove the row."
             )
-        sample = to_sample({key: row[key] for key in ("prompt", *MEDIA_COLUMNS) if key in row}, self.media_root)
-        encoding = encode(self.processing_class, sample)
-        check_placeholders(encoding, sample, self.placeholder_ids)
         return encoding, completion_ids(self.processing_class, sample, completion)
+
+    def _candidates(self, row: dict[str, Any], others: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        yield row
+        pool: Any = self.train_dataset if isinstance(self.train_dataset, Dataset) else others
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{row.get('prompt')}")
+        for _ in range(_MOST_TRIED):
+            yield pool[draw.randrange(len(pool))]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = {**inputs, "fused_lm_head": True}
-        outputs: Any
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        rows, width = inputs["input_ids"].shape
-        has_media = any(v.shape[:2] != (rows, width) for v in inputs.values() if isinstance(v, Tensor))
-        self._gradient_check.watch(outputs.log_probs, [has_media] * rows)
-        return (loss, outputs) if return_outputs else loss
+        encodings: list[EncodedPrompt] = inputs["encodings"]
+        items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        losses: list[Any] = []
+        outputs: Any = None
+        for rows in together(self._family, encodings):
+            own = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+            width, starts = own["input_ids"].size(1), own["attention_mask"].argmax(1).tolist()
+            extra = [width - s - len(encodings[row].input_ids) for row, s in zip(rows, starts, strict=True)]
+            media = collate([encodings[row] for row in rows], width, extra, own["input_ids"].device)
+            loss, outputs = super().compute_loss(model, {**own, **media, "fused_lm_head": True}, True, items)
+            self._gradient_check.watch(outputs.log_probs, [encodings[row].senses for row in rows])
+            losses.append(loss)
+        return (sum(losses), outputs) if return_outputs else sum(losses)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad():

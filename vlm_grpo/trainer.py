@@ -5,6 +5,8 @@ once, its encoding travels as one entry of a Python list in TRL's batches, and i
 """
 
 import copy
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +16,41 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, use_adapter
+from trl.trainer.utils import RepeatSampler, use_adapter
 
+from .carry import Prompt, Row, Text
 from .checkpoint import EpochRepeatSampler, ExactCheckpoints
-from .checks import GradientCheck, StepsCheck
-from .data import MEDIA_COLUMNS, Sample, to_sample
-from .encode import EncodedPrompt, check_placeholders, collate, encode, pack_rollout, unpack_rollout
+from .checks import GradientCheck, LengthCheck, StepsCheck
+from .config import MediaOptions
+from .data import MEDIA_COLUMNS, decoded, undecoded
+from .encode import EncodedPrompt, collate, pack_rollout, unpack_rollout
 from .errors import ConfigError, DataFormatError, UnsupportedError
-from .models.families import family_of, placeholder_ids, tower_of
-from .patches.trl import LOG_PROBS, own_grpo_trainer
+from .flow import FlowCheck
+from .intake import Intake
+from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together, tower_of
+from .patches.trl import LOG_PROBS, add_fused_head, own_grpo_trainer
+from .quantized import is_quantized, trainable_data, undo_bf16_adapters
 from .trainer_config import VLMGRPOConfig
 
 _TRLTrainer: Any = own_grpo_trainer()
 
 
-class _Row(dict):
-    """What TRL sees of a dataset row (its prompt), beside the original, the sample and the encoding."""
-
-    original: dict[str, Any]
-    sample: Sample
-    encoding: EncodedPrompt
-
-
-class _Prompt(list):
-    """A conversation that carries its row's encoding through TRL's deep copy, but not to other processes."""
-
-    encoding: EncodedPrompt
-
-    def __deepcopy__(self, memo: dict) -> "_Prompt":
-        copied = _Prompt(copy.deepcopy(list(self), memo))
-        copied.encoding = self.encoding
-        return copied
-
-    def __reduce__(self) -> tuple:
-        return list, (list(self),)
-
-
-class _Text(str):
-    """A templated prompt that carries its row's encoding, like ``_Prompt``."""
-
-    encoding: EncodedPrompt
-
-    def __deepcopy__(self, memo: dict) -> "_Text":
-        return self
-
-    def __reduce__(self) -> tuple:
-        return str, (str(self),)
+# Rows tried in the place of one that cannot be used; more bad rows than good ones is a dataset to look at.
+_MOST_TRIED = 100
 
 
 class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
-    """GRPO for prompts with images, text or both in one batch. Takes what TRL's ``GRPOTrainer`` takes.
+    """GRPO for prompts with images, videos, sounds and text in one batch. Takes what TRL's ``GRPOTrainer`` takes.
 
-    Rows: ``prompt`` (messages, or a string to which the chat template has been applied) with ``image`` or ``images``
-    (PIL, path or bytes), or with images inside the message parts; other columns go to the reward functions, which
-    receive the original rows, media included.
+    Rows: ``prompt`` (messages, or a string to which the chat template has been applied) with media columns
+    (``image(s)``, ``video(s)``, ``audio(s)``: a path, bytes, PIL, arrays, frames, or a ``datasets`` media column), or
+    with media inside the message parts; other columns go to the reward functions, which receive the original rows,
+    media included.
 
     Differences from TRL: log-probabilities also work without Triton; without PEFT and with ``beta > 0`` the reference
     is a frozen copy of the model as given; the processor you pass is copied and never changed; checkpoints are atomic
-    and continue exactly; a trained tower that receives no gradient on step 1 stops the run.
+    and continue exactly; a run whose media do not reach the loss is stopped before step 1, and on step 1 one with a
+    trained tower that receives no gradient.
 
     Args:
         model: a name, a path, a model or a PEFT model.
@@ -79,12 +58,14 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         args: a ``VLMGRPOConfig``, or any ``GRPOConfig``.
         train_dataset: map-style or streaming.
         media_root: the folder that relative media paths start from; by default the current directory.
+        media: how media are opened, and what happens to those that cannot be.
         tools: functions that return text; see TRL for this and the other arguments.
 
     Raises:
         ConfigError: fewer rows than one generation batch needs, or arguments that cannot work together.
         UnsupportedError: ``rollout_func``, ``environment_factory``, vLLM, continuous batching, images from tools.
         DataFormatError: a row that is no sample.
+        FlowError: a kind of medium does not reach the log-probabilities.
         GradientError: on step 1, see above.
     """
 
@@ -108,6 +89,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         environment_factory: Any = None,
         *,
         media_root: str | Path | None = None,
+        media: MediaOptions | dict[str, Any] | None = None,
     ) -> None:
         args = VLMGRPOConfig.of(args)
         for name, value in (("rollout_func", rollout_func), ("environment_factory", environment_factory)):
@@ -120,7 +102,13 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root)
-        adapters = _trainable_data(model)
+        self.media = MediaOptions.of(media)
+        train_dataset, self._pictures = undecoded(train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: undecoded(dataset)[0] for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = undecoded(eval_dataset)[0]
+        adapters = trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
         adapted = is_peft_model(model) or peft_config is not None  # then the base model is the reference
         copies_reference = beta != 0 and not adapted and not isinstance(model, str)
@@ -143,23 +131,35 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
+        self._mend_heads()
         if copies_reference:
             self._install_reference()
-        if _is_quantized(self.model):
-            _undo_bf16_adapters(self.model, adapters)
+        if is_quantized(self.model):
+            undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
         self._install_checks()
         self._suppress_placeholders()
+        self._end_at_any_eos()
+        self.intake = self._make_intake()
+        self.add_callback(LengthCheck(self.intake, train_dataset))
 
     # ---- set-up -------------------------------------------------------------------------------------------------
+
+    def _mend_heads(self) -> None:
+        """TRL's head, added once more where the model is its own backbone, of which TRL does not know."""
+        policy: Any = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        precision = self.args.cast_lm_head_to_fp32
+        if policy.base_model is policy:
+            add_fused_head(policy, self.temperature, precision, outputs=("log_probs", "entropy"))
+            if self.ref_model is not None:
+                add_fused_head(self.ref_model, self.temperature, precision)
 
     def _install_reference(self) -> None:
         """A frozen copy of the model as given (TRL has changed no weight yet), prepared as TRL prepares one."""
         self.beta = self.args.beta
         reference: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
         # TRL's fused forward, copied with the instance, still falls back on the policy's own forward.
-        reference.__dict__.pop("forward", None)
-        add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
+        add_fused_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
         if self.is_deepspeed_enabled:
             self.ref_model = prepare_deepspeed(reference, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -181,8 +181,9 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         self._gradient_check = GradientCheck(
             lambda name: tower_of(family, name), check, log if self.args.gradient_report else None
         )
-        self.add_callback(self._gradient_check)
-        self.add_callback(StepsCheck)
+        self._flow_check = FlowCheck(self)
+        for callback in (self._gradient_check, StepsCheck, self._flow_check):
+            self.add_callback(callback)
 
     def _suppress_placeholders(self) -> None:
         """A sampled media placeholder would crash the next forward, or read another row's features."""
@@ -191,6 +192,12 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             chosen = self.generation_kwargs.get("suppress_tokens") or []
             suppressed = sorted({*chosen, *self.placeholder_ids})
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+
+    def _end_at_any_eos(self) -> None:
+        """Ends that the user adds by ``generation_kwargs`` end the counted tokens too, not only the sampling."""
+        own = self.generation_kwargs.get("eos_token_id")
+        own = [own] if isinstance(own, int) else own or []
+        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *own]))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -202,38 +209,66 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
     # ---- rollout ------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.model.training:
+            self._flow_check.check_rows(inputs)  # of a streaming dataset; of a table it is long done
         rows = self._encoded_rows(inputs)
         batch = super()._generate_and_score_completions(rows)
         batch["encodings"] = [row.encoding for row in rows]
         self._add_old_and_ref_logps(batch)
         if self.log_completions and self.log_multimodal:
-            pictures = [[medium.open() for medium in row.sample.media] for row in rows]
+            pictures = [[m.open(self.media) for m in row.sample.media if m.kind == "image"] for row in rows]
             self._logs["images"].extend(gather_object(pictures))
         return batch
 
-    def _encoded_rows(self, inputs: list[dict[str, Any]]) -> list[_Row]:
+    def _make_intake(self) -> Intake:
+        template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
+        return Intake(
+            self.processing_class,
+            placeholder_ids_by_kind(self.model.config, self.processing_class),
+            self.media,
+            self.media_root,
+            tools=self.tools,
+            template={**template, **self.chat_template_kwargs},
+            max_length=self.args.max_prompt_length,
+            on_overlong=self.args.on_overlong,
+            seed=self.args.seed,
+        )
+
+    def _encoded_rows(self, inputs: list[dict[str, Any]]) -> list[Row]:
         """TRL's view of each row. The G rows of a group are adjacent and share one sample and one encoding."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        train = self.model.training
+        group = self.num_generations if train else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)  # TRL's global position of this rank's first row
-        rows: list[_Row] = []
+        epoch = int(self.state.epoch or 0) if train else None
+        left_out = self.intake.left_out.total()
+        rows: list[Row] = []
         for position, original in enumerate(inputs, first):
-            row = _Row()
+            row = Row()
             if rows and position % group:
-                row.sample, row.encoding = rows[-1].sample, rows[-1].encoding
+                row.original, row.sample, row.encoding = rows[-1].original, rows[-1].sample, rows[-1].encoding
             else:
-                row.sample = to_sample(original, self.media_root, f"row {position} of the batch")
-                row.encoding = self._encode(row.sample)
-            row.original = original
-            row["prompt"] = prompt = (_Text if isinstance(row.sample.prompt, str) else _Prompt)(row.sample.prompt)
+                candidates = self._candidates(original, inputs, position // group)
+                where = f"row {position} of the batch"
+                row.original, row.sample, row.encoding = self.intake.read_one_of(candidates, where, epoch)
+            row["prompt"] = prompt = (Text if isinstance(row.sample.prompt, str) else Prompt)(row.sample.prompt)
             prompt.encoding = row.encoding
             rows.append(row)
+        if self.media.on_bad == "drop" or self.args.max_prompt_length is not None:
+            replaced = self.intake.left_out.total() - left_out
+            self._metrics["train" if train else "eval"]["rows/left_out"].append(float(replaced))
         return rows
 
-    def _encode(self, sample: Sample) -> EncodedPrompt:
-        template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
-        encoded = encode(self.processing_class, sample, self.tools, **template, **self.chat_template_kwargs)
-        check_placeholders(encoded, sample, self.placeholder_ids)
-        return encoded
+    def _candidates(
+        self, original: dict[str, Any], inputs: list[dict[str, Any]], group: int
+    ) -> Iterator[dict[str, Any]]:
+        """The row, and what takes its place where it cannot be used: the same on every rank and after a resume."""
+        yield original
+        pool: Any = inputs
+        if self.model.training and isinstance(self.train_dataset, Dataset):
+            pool = self.train_dataset
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{self._step}/{group}")
+        for _ in range(_MOST_TRIED):
+            yield pool[draw.randrange(len(pool))]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         encodings = [prompt.encoding for prompt in prompts]
@@ -245,13 +280,20 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         encodings = multimodal_fields.get("encodings")
         if encodings is None:
             raise UnsupportedError("A tool returned an image, which has no test yet. Return text from tools.")
-        extra = [len(ids) - len(encoded.input_ids) for ids, encoded in zip(prompt_ids, encodings, strict=True)]
-        training = self.model.training
+        training, completions, logprobs = self.model.training, {}, {}
         try:
-            return super()._generate_single_turn(prompt_ids, None, collate(encodings, extra=extra), *args, **kwargs)
+            for rows in together(family_of(self.model.config), encodings):
+                ids, own = [prompt_ids[row] for row in rows], [encodings[row] for row in rows]
+                extra = [len(row) - len(encoded.input_ids) for row, encoded in zip(ids, own, strict=True)]
+                out, logps = super()._generate_single_turn(ids, None, collate(own, extra=extra), *args, **kwargs)
+                completions |= dict(zip(rows, out, strict=True))
+                logprobs |= dict(zip(rows, logps or [None] * len(rows), strict=True))
         finally:
             # Unsloth's generate leaves the base in inference mode, which would end gradient checkpointing for good.
             self.model.train(training)
+        ordered = range(len(encodings))
+        known = all(logprobs[row] is not None for row in ordered)
+        return [completions[row] for row in ordered], [logprobs[row] for row in ordered] if known else None
 
     def _add_old_and_ref_logps(self, batch: dict[str, Any]) -> None:
         """The two log-probabilities that TRL takes before it has the encodings, under TRL's own conditions."""
@@ -276,10 +318,10 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
                     batch["ref_per_token_logps"] = logps(self.model)
 
-    def _calculate_rewards(
-        self, inputs: list[_Row], prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> Tensor:
-        originals = [row.original for row in inputs]
+    def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rows = {id(row.original): row.original for row in inputs}  # a group shares one
+        shown = {key: decoded(row, self._pictures) for key, row in rows.items()}
+        originals = [shown[id(row.original)] for row in inputs]
         prompts = [original["prompt"] for original in originals]
         rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
         # TRL's table and samples.jsonl show it beside the completion, unless a reward has logged its own.
@@ -312,24 +354,37 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         """
         if num_images is None:
             return None, None, None
-        width, pieces = input_ids.size(1), []
-        for start in range(0, len(num_images), batch_size or len(num_images)):
-            rows = slice(start, start + (batch_size or len(num_images)))
-            ids, mask = input_ids[rows], attention_mask[rows]
-            extra = [logits_to_keep] * len(ids)
-            inputs: dict[str, Any] = collate(num_images[rows], width, extra, input_ids.device)
+        shape = (len(input_ids), logits_to_keep)
+        logps = torch.zeros(shape, device=input_ids.device)
+        entropies = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
+        aux_losses = []
+        for rows in self._forwards(num_images, batch_size or len(num_images)):
+            index = torch.tensor(rows, device=input_ids.device)
+            ids, mask = input_ids[index], attention_mask[index]
+            inputs = collate(
+                [num_images[row] for row in rows], input_ids.size(1), [logits_to_keep] * len(rows), input_ids.device
+            )
             if compute_aux_loss:
                 inputs["output_router_logits"] = True
             labels = ids.masked_fill(mask == 0, -100)
             labels[:, :-logits_to_keep] = -100
             with self.accelerator.autocast():
-                pieces.append(model(input_ids=ids, attention_mask=mask, **inputs, labels=labels, fused_lm_head=True))
-        logps = torch.cat([piece.log_probs[:, -logits_to_keep:] for piece in pieces])
-        entropies = torch.cat([piece.entropy[:, -logits_to_keep:] for piece in pieces]) if compute_entropy else None
-        aux_loss = torch.stack([piece.aux_loss for piece in pieces]).mean() if compute_aux_loss else None
+                out = model(input_ids=ids, attention_mask=mask, **inputs, labels=labels, fused_lm_head=True)
+            logps = logps.index_copy(0, index, out.log_probs[:, -logits_to_keep:].to(logps.dtype))
+            if entropies is not None:
+                entropies = entropies.index_copy(0, index, out.entropy[:, -logits_to_keep:].to(entropies.dtype))
+            aux_losses.append(out.aux_loss)
+        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
         for output in (logps, entropies):
-            self._gradient_check.watch(output, [bool(encoded.media) for encoded in num_images])
+            self._gradient_check.watch(output, [encoded.senses for encoded in num_images])
         return logps, entropies, aux_loss
+
+    def _forwards(self, encodings: list[EncodedPrompt], size: int) -> Iterator[list[int]]:
+        """The rows of each forward: at most ``size``, and only rows that a family can take together."""
+        family = family_of(self.model.config)
+        for start in range(0, len(encodings), size):
+            for rows in together(family, encodings[start : start + size]):
+                yield [start + row for row in rows]
 
     # ---- resume -------------------------------------------------------------------------------------------------
 
@@ -365,21 +420,3 @@ def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
         raise DataFormatError(
             f"train_dataset is a {type(dataset).__name__}. Wrap it: datasets.Dataset.from_list(rows)."
         )
-
-
-def _is_quantized(model: Any) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
-
-
-def _trainable_data(model: Any) -> dict[str, Tensor]:
-    """The adapter weights of a 4- or 8-bit model, which TRL is about to round to bf16."""
-    if not _is_quantized(model):
-        return {}
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _undo_bf16_adapters(model: Any, data: dict[str, Tensor]) -> None:
-    """Back to what they were: bf16 has 8 bits, which lose a usual learning rate's updates, and CPUs lack it."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.data = data[name] if name in data else parameter.data.float()

@@ -54,6 +54,22 @@ class VLMGRPOConfig(GRPOConfig):
         metadata={"help": "Log at every step, per tower, how many trained parameters received a gradient."},
     )
 
+    flow_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Before step 1, show for each kind of medium present that it reaches the log-probabilities, and "
+            "that generation and training see the same."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Leave out rows of more tokens than this, media included. Prompts are never cut."},
+    )
+    on_overlong: Literal["drop", "error"] = field(
+        default="drop",
+        metadata={"help": "Rows longer than max_prompt_length are left out and counted, or refused before step 1."},
+    )
+
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
         _check_choices(self)
@@ -168,6 +184,7 @@ _CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "on_overlong": ("drop", "error"),
 }
 
 
@@ -187,7 +204,7 @@ _TINY = sys.float_info.min
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
     **dict.fromkeys(("gradient_accumulation_steps", "num_iterations", "max_completion_length"), (1, math.inf)),
-    **dict.fromkeys(("steps_per_generation", "generation_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("steps_per_generation", "generation_batch_size", "max_prompt_length"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta", "epsilon", "top_k"), (0, math.inf)),
     **dict.fromkeys(("top_entropy_quantile", "min_p"), (0, 1)),
     "temperature": (_TINY, math.inf),

@@ -63,7 +63,8 @@ def load(
 
 
 def _load_base(name: str, load_in_4bit: bool, dtype: str) -> Any:
-    config = _read(name, "model", AutoConfig.from_pretrained)
+    whole = _read(name, "model", AutoConfig.from_pretrained)
+    config = getattr(whole, "thinker_config", whole)  # of a model that also speaks, the part that writes
     auto_class = next((auto for mapping, auto in _AUTO_CLASSES if type(config) in mapping), None)
     if auto_class is None:
         raise ConfigError(
@@ -77,6 +78,8 @@ def _load_base(name: str, load_in_4bit: bool, dtype: str) -> Any:
             CPU_PACKING.ensure()
         if getattr(config, "quantization_config", None) is None:  # else the checkpoint is 4-bit already
             options["quantization_config"] = _four_bit(config, weights)
+    if config is not whole:
+        options["config"] = config
     return _read(name, "model", auto_class.from_pretrained, **options)
 
 
@@ -97,7 +100,7 @@ def _device_map(load_in_4bit: bool) -> dict[str, Any] | None:
 
 def _four_bit(config: Any, compute: torch.dtype) -> BitsAndBytesConfig:
     family = family_of(config)
-    kept = [*family.vision, *family.projector, "lm_head"]
+    kept = [*family.vision, *family.audio, *family.projector, "lm_head"]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -109,7 +112,11 @@ def _four_bit(config: Any, compute: torch.dtype) -> BitsAndBytesConfig:
 
 def _load_processor(name: str) -> Any:
     """The processor; a tokenizer, for a text-only model."""
-    return _read(name, "processor", AutoProcessor.from_pretrained)
+    processor = _read(name, "processor", AutoProcessor.from_pretrained)
+    if hasattr(processor, "tokenizer") and getattr(processor, "chat_template", None) is None:
+        # Some processors do not take the template that lies in the folder, but their tokenizers do.
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+    return processor
 
 
 def _read(name: str, what: str, function: Callable[..., Any], *before: Any, **options: Any) -> Any:

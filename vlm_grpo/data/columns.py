@@ -1,0 +1,48 @@
+"""Media columns of a ``datasets`` table: kept undecoded until a step needs them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]":
+    """The dataset with its Image, Video and Audio columns (and lists of them) as bytes or paths.
+
+    Reading a row then decodes nothing: no picture is decoded once for each of its G completions, none that is broken
+    stops the data loader, and sound and video need no further package.
+
+    Returns:
+        the dataset, and the features that were decoding pictures, by column: ``decoded`` restores them for rewards.
+    """
+    import datasets
+
+    features = getattr(dataset, "features", None)
+    if not features or getattr(dataset, "format", {}).get("type") == "custom":  # a transform makes the rows
+        return dataset, {}
+    pictures = {}
+    for column, feature in features.items():
+        inner = inner_feature(feature)
+        if not isinstance(inner, (datasets.Image, datasets.Video, datasets.Audio)) or not inner.decode:
+            continue
+        raw = type(inner)(decode=False)
+        dataset = dataset.cast_column(column, raw if inner is feature else datasets.List(raw))
+        if isinstance(inner, datasets.Image):
+            pictures[column] = inner
+    return dataset, pictures
+
+
+def inner_feature(feature: Any) -> Any:
+    """What a list feature lists; any other feature itself."""
+    return getattr(feature, "feature", feature)
+
+
+def decoded(row: dict[str, Any], pictures: dict[str, Any]) -> dict[str, Any]:
+    """The row with its pictures as PIL images again, as reward functions expect them."""
+
+    def decode(feature: Any, value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(feature, item) for item in value]
+        return feature.decode_example(value) if isinstance(value, dict) else value
+
+    return {**row, **{name: decode(feature, row[name]) for name, feature in pictures.items() if name in row}}
