@@ -83,6 +83,8 @@ def test_video_sound_and_text_killed_and_continued(workplace: Path):  # covers O
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     first = without_time(whole)[0]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and first["grad_norm"] > 0
+    chat = ("chat", "whole", "--video", "0.mp4", "--audio", "0.wav", "--prompt", "count", "--max-new-tokens", "3")
+    assert called(0, *chat)[0].strip(), "the trained model answers about a video and a sound"
     seen = {Path(label).suffix for sample in jsonl(whole / "samples.jsonl") for label in sample["media"]}
     assert seen == {".mp4", ".wav"}
 

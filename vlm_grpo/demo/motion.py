@@ -17,7 +17,7 @@ OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 QUESTION = "which way does it move ?"
 SIDE, DIGIT, FRAMES, FPS = 56, 20, 4, 4  # pixels, pixels, frames, frames a second
 STEP = (6.0, 10.0)  # pixels from frame to frame
-LABELS = 16
+LABELS = 24
 
 
 def write_clips(folder: Path, seed: int) -> None:

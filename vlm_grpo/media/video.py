@@ -180,7 +180,9 @@ def _prepared(container: Any, options: MediaOptions) -> tuple[Any, tuple[int, in
 
 def _pixels(frame: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8, scaled by FFmpeg before a full-size RGB copy exists, and turned as its telephone was held."""
-    rgb = frame.to_ndarray(format="rgb24", width=size[0], height=size[1], interpolation="BICUBIC")
+    # One thread: FFmpeg would start one a core for every frame, which takes longer than the scaling itself.
+    options: dict[str, Any] = {"format": "rgb24", "interpolation": "BICUBIC", "threads": 1}
+    rgb = frame.reformat(width=size[0], height=size[1], **options).to_ndarray()
     return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb
 
 
