@@ -7,8 +7,9 @@ import reference
 import tiny
 import torch
 
+from vlm_grpo.collate import collate, model_inputs, pack_rollout, unpack_rollout
 from vlm_grpo.data import to_sample
-from vlm_grpo.encode import EncodedPrompt, collate, encode, model_inputs, pack_rollout, unpack_rollout
+from vlm_grpo.encode import EncodedPrompt, encode
 from vlm_grpo.errors import EncodingError
 
 

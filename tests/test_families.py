@@ -17,8 +17,9 @@ from published import PUBLISHED
 from safetensors.torch import save_file
 
 from vlm_grpo import load_model
+from vlm_grpo.collate import model_inputs
 from vlm_grpo.config import LoraOptions
-from vlm_grpo.encode import EncodedPrompt, model_inputs
+from vlm_grpo.encode import EncodedPrompt
 from vlm_grpo.errors import ConfigError
 from vlm_grpo.models.families import (
     FAMILIES,

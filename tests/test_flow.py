@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from test_exact import with_adapter
 
 import vlm_grpo.trainer
-from vlm_grpo.encode import collate
+from vlm_grpo.collate import collate
 from vlm_grpo.errors import FlowError, MediaError
 from vlm_grpo.flow import FlowCheck
 

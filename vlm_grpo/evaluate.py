@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .collate import model_inputs
 from .data import Sample, blanked, decoded, undecoded
-from .encode import EncodedPrompt, model_inputs
+from .encode import EncodedPrompt
 from .errors import EncodingError, MediaError, OverlongError
 from .intake import Intake
 from .media.hearing import extractor_of

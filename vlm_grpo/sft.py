@@ -17,9 +17,10 @@ from transformers import TrainingArguments
 
 from .checkpoint import ExactCheckpoints
 from .checks import GradientCheck, LengthCheck
+from .collate import collate
 from .config import MediaOptions
 from .data import undecoded
-from .encode import EncodedPrompt, collate, completion_ids
+from .encode import EncodedPrompt, completion_ids
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .intake import Intake
 from .models.families import family_of, placeholder_ids_by_kind, together, tower_of

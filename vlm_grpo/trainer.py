@@ -21,9 +21,10 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from .carry import Prompt, Row, Text
 from .checkpoint import EpochRepeatSampler, ExactCheckpoints
 from .checks import GradientCheck, LengthCheck, StepsCheck
+from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
 from .data import MEDIA_COLUMNS, decoded, undecoded
-from .encode import EncodedPrompt, collate, pack_rollout, unpack_rollout
+from .encode import EncodedPrompt
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .flow import FlowCheck
 from .intake import Intake
