@@ -205,3 +205,40 @@ def test_draws_do_not_touch_anybody_elses_random_state(tmp_path):
     own.read(given, epoch=3)
     after = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
     assert state[0] == after[0] and torch.equal(state[1], after[1]) and state[2] == after[2] and before[0] == after[0]
+
+
+def test_a_limit_of_ones_own_moves_the_other_limit_s_default():
+    assert MediaOptions(max_frames=3).min_frames == 3 and MediaOptions(min_frames=20).max_frames == 20
+    with pytest.raises(ConfigError, match="min_frames=9 is more than max_frames=8"):
+        MediaOptions.of({"min_frames": 9, "max_frames": 8})
+    few = to_sample({"prompt": tiny.prompt(images=0, videos=1), "video": "v.mp4", "max_frames": 2}).media[0]
+    assert (few.options().min_frames, few.options().max_frames) == (2, 2)
+    run = MediaOptions(min_frames=6, max_frames=8, fps=2.0)
+    assert (few.options(run).max_frames, few.options(run).min_frames, few.options(run).fps) == (2, 2, 2.0)
+
+
+def test_a_bad_row_of_an_evaluation_is_replaced_by_one_of_its_own(tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    tiny.image().save(tmp_path / "good.png")
+    held_out = [{"prompt": tiny.prompt(), "image": str(tmp_path / f"{n}.png"), "answer": n} for n in ("bad", "good")]
+    seen = []
+
+    def reward(completions, completion_ids, answer, **columns):
+        seen.extend(answer)
+        return recorder.reward(completions, completion_ids)
+
+    model, processor = tiny.build("qwen2_5_vl")
+    config = recorder.config(tmp_path, per_device_eval_batch_size=2)
+    data = [Dataset.from_list(rows) for rows in ([row(56, "train")] * 4, held_out)]
+    trainer = VLMGRPOTrainer(model, reward, config, *data, processor, media={"on_bad": "drop"})
+    trainer.evaluate()
+    assert set(seen) == {"good"} and trainer.intake.left_out["bad media"] >= 1
+
+    learned = [Dataset.from_list([{**r, "completion": "red"} for r in rows]) for rows in ([row(56)] * 4, held_out)]
+    args = VLMSFTConfig(str(tmp_path / "sft"), report_to="none", disable_tqdm=True, per_device_eval_batch_size=1)
+    supervised = VLMSFTTrainer(model, args, *learned, processor, media={"on_bad": "drop"})
+    read = []
+    encode_sample = supervised.intake.encode
+    supervised.intake.encode = lambda sample, epoch=None: read.append(sample.media[0].label) or encode_sample(sample)
+    assert supervised.evaluate()["eval_loss"] > 0
+    assert {name.rpartition("/")[2] for name in read} == {"bad.png", "good.png"}, "no training row in an evaluation"

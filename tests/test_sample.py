@@ -1,13 +1,15 @@
 """Rows to samples: every kind of medium, in columns or in the message parts, with options of its own."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_grpo import load_data, scan_media
 from vlm_grpo.data import to_sample
-from vlm_grpo.errors import DataFormatError
+from vlm_grpo.errors import DataFormatError, MediaError
 from vlm_grpo.media import KINDS
 
 TEXT = {"type": "text", "text": "what"}
@@ -117,3 +119,24 @@ def test_the_row_is_not_changed():
     before = repr(given)
     to_sample(given)
     assert repr(given) == before
+
+
+def test_options_of_a_part_survive_a_file(tmp_path: Path):
+    (tmp_path / "v.mp4").touch()
+    (tmp_path / "f.png").touch()
+    part = {"type": "video", "video": "v.mp4", "fps": 0.5, "max_frames": 7, "max_pixels": 999}
+    frames = {"type": "video", "video": ["f.png", "f.png"], "fps": 4.0}
+    slot = {"type": "video", "max_frames": 5}
+    given = [row(part), row(frames), row(slot, video="v.mp4")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given))
+    found = [to_sample(r).media[0].overrides for r in load_data(str(tmp_path / "rows.jsonl"))]
+    assert found == [{"fps": 0.5, "max_frames": 7, "max_pixels": 999}, {"fps": 4.0}, {"max_frames": 5}]
+
+
+def test_what_is_no_medium_is_reported_among_the_bad_ones(tmp_path: Path):
+    given = [{"prompt": [{"role": "user", "content": "x"}], "image": name} for name in ("https://a/b.png", "gone.png")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given))
+    with pytest.raises(MediaError, match="rows.jsonl row 1"):
+        load_data(str(tmp_path / "rows.jsonl"))
+    rows = load_data(str(tmp_path / "rows.jsonl"), check_files=False)
+    assert sorted(scan_media(rows, "rows.jsonl").bad) == [1, 2]

@@ -125,6 +125,11 @@ class MediaOptions(_Options):
     def _limits_agree(self) -> "MediaOptions":
         for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
             least, most = getattr(self, low), getattr(self, high)
+            given = self.model_fields_set & {low, high}
+            if least is not None and most is not None and least > most and len(given) == 1:
+                # The other is a default, which gives way; past the validation that would come back here.
+                object.__setattr__(self, low if high in given else high, getattr(self, given.pop()))
+                continue
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low}={least} is more than {high}={most}; swap them")
         if self.fps is not None and self.base_interval is not None:
@@ -204,6 +209,11 @@ def _data_section(value: Any) -> Any:
     return {"train": value} if isinstance(value, str) else value
 
 
+def _media_section(value: Any) -> Any:
+    """Left empty, the defaults."""
+    return {} if value is None else value
+
+
 def _lora_section(value: Any) -> Any:
     """``true`` means the defaults, ``false`` none."""
     if isinstance(value, bool):
@@ -236,6 +246,7 @@ def parse_reward(text: str) -> dict[str, Any]:
 _SHORTHANDS: dict[str, Callable[[Any], Any]] = {
     "data": _data_section,
     "lora": _lora_section,
+    "media": _media_section,
     "rewards": _reward_list,
 }
 

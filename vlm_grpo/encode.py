@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import MediaOptions
 from .data import Sample
-from .errors import EncodingError
+from .errors import EncodingError, VLMGRPOError
 from .media import KINDS, Kind, Medium
 from .media.hearing import as_wav, extractor_of, hear
 
@@ -84,7 +84,7 @@ def encode(
             plain = as_texts(sample.prompt)
             encoded = processor.apply_chat_template(plain, tools=tools or None, **options, **template_kwargs)
     except (ValueError, TypeError, LookupError, RuntimeError, TemplateError) as error:
-        if isinstance(error, EncodingError):
+        if isinstance(error, VLMGRPOError):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise EncodingError(

@@ -123,7 +123,7 @@ class VLMSFTTrainer(ExactCheckpoints):
             processing_class,
             placeholder_ids_by_kind(model.config, processing_class),
             MediaOptions.of(media),
-            None if media_root is None else Path(media_root),
+            None if media_root is None else Path(media_root).expanduser(),
             max_length=args.max_prompt_length,
             on_overlong=args.on_overlong,
             seed=args.seed,
@@ -174,7 +174,8 @@ class VLMSFTTrainer(ExactCheckpoints):
 
     def _candidates(self, row: dict[str, Any], others: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield row
-        pool: Any = self.train_dataset if isinstance(self.train_dataset, Dataset) else others
+        rows = self.train_dataset if self.model is None or self.model.training else self.eval_dataset
+        pool: Any = rows if isinstance(rows, Dataset) else others  # never a training row in an evaluation
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{row.get('prompt')}")
         for _ in range(_MOST_TRIED):
             yield pool[draw.randrange(len(pool))]
@@ -183,7 +184,9 @@ class VLMSFTTrainer(ExactCheckpoints):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         encodings: list[EncodedPrompt] = inputs["encodings"]
+        # Without a count (an evaluation) the sum is divided here; with one, transformers scales it by the processes.
         items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        whole = 1 if num_items_in_batch is not None else self._processes()
         losses: list[Any] = []
         outputs: Any = None
         for rows in together(self._family, encodings):
@@ -194,7 +197,11 @@ class VLMSFTTrainer(ExactCheckpoints):
             loss, outputs = super().compute_loss(model, {**own, **media, "fused_lm_head": True}, True, items)
             self._gradient_check.watch(outputs.log_probs, [encodings[row].senses for row in rows])
             losses.append(loss)
-        return (sum(losses), outputs) if return_outputs else sum(losses)
+        loss = sum(losses) / whole
+        return (loss, outputs) if return_outputs else loss
+
+    def _processes(self) -> int:
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad():

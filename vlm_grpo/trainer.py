@@ -102,13 +102,16 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         LOG_PROBS.ensure()
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
-        self.media_root = None if media_root is None else Path(media_root)
+        self.media_root = None if media_root is None else Path(media_root).expanduser()
         self.media = MediaOptions.of(media)
         train_dataset, self._pictures = undecoded(train_dataset)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: undecoded(dataset)[0] for name, dataset in eval_dataset.items()}
+            parts = {name: undecoded(dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: dataset for name, (dataset, _) in parts.items()}
+            self._pictures |= {name: feature for _, found in parts.values() for name, feature in found.items()}
         else:
-            eval_dataset = undecoded(eval_dataset)[0]
+            eval_dataset, pictures = undecoded(eval_dataset)
+            self._pictures |= pictures
         adapters = trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
         adapted = is_peft_model(model) or peft_config is not None  # then the base model is the reference
@@ -132,6 +135,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
+        _check_processes(self.model.config, args)
         self._mend_heads()
         if copies_reference:
             self._install_reference()
@@ -264,9 +268,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
     ) -> Iterator[dict[str, Any]]:
         """The row, and what takes its place where it cannot be used: the same on every rank and after a resume."""
         yield original
-        pool: Any = inputs
-        if self.model.training and isinstance(self.train_dataset, Dataset):
-            pool = self.train_dataset
+        rows = self.train_dataset if self.model.training else self.eval_dataset
+        pool: Any = rows if isinstance(rows, Dataset) else inputs
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{self._step}/{group}")
         for _ in range(_MOST_TRIED):
             yield pool[draw.randrange(len(pool))]
@@ -420,4 +423,14 @@ def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
     if isinstance(dataset, (list, tuple, dict)):
         raise DataFormatError(
             f"train_dataset is a {type(dataset).__name__}. Wrap it: datasets.Dataset.from_list(rows)."
+        )
+
+
+def _check_processes(config: Any, args: VLMGRPOConfig) -> None:
+    """Several forwards a backward pass, and another number of them on each process, is what DDP cannot do."""
+    family = family_of(config)
+    if args.world_size > 1 and family.apart:
+        raise UnsupportedError(
+            f"{family.model_type} needs forwards of its own for rows whose media differ in size, which several "
+            f"processes ({args.world_size}) cannot share. Train it with one process."
         )

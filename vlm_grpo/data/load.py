@@ -68,7 +68,12 @@ def _from_json(path: Path, limit: int | None, root: Path, check_files: bool) -> 
     from datasets import Dataset
 
     def canonical(number: int, row: dict[str, Any]) -> dict[str, Any]:
-        sample = to_sample(row, root, f"{path} row {number}")
+        try:
+            sample = to_sample(row, root, f"{path} row {number}")
+        except MediaError:  # of no medium at all: whoever scans the rows reports it among the others
+            if check_files:
+                raise
+            return _with_lists(row)
         if check_files:
             _check_files(sample)
         return _canonical(sample, row)
@@ -82,7 +87,7 @@ def _from_json(path: Path, limit: int | None, root: Path, check_files: bool) -> 
         if not tables:
             raise DataFormatError(f"{path} has no rows. Give at least one.")
         return Dataset(pa.concat_tables(tables, promote_options="permissive").combine_chunks())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise DataFormatError(_mixed_types(path, limit, error)) from error
 
 
@@ -163,7 +168,8 @@ def _absolute(dataset: "Dataset", root: Path) -> "Dataset":
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
-        return str((root / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        is_path = isinstance(value, str) and "://" not in value and not value.startswith("data:")
+        return str((root / Path(value).expanduser()).resolve()) if is_path else value
 
     for column in [name for name in MEDIA_COLUMNS if name in dataset.column_names]:
         if getattr(inner_feature(dataset.features[column]), "dtype", "") in ("string", "large_string"):
@@ -187,7 +193,7 @@ def _canonical(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
         prompt: Any = sample.prompt
     else:
         prompt = [
-            {**message, "content": [{**p, p["type"]: _frames(p)} if p["type"] in KINDS else p for p in parts]}
+            {**message, "content": [_slot(part) if part["type"] in KINDS else part for part in parts]}
             for message in sample.prompt
             for parts in [message["content"]]
         ]
@@ -202,9 +208,22 @@ def _canonical(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, **columns, **sample.columns}
 
 
-def _frames(part: dict[str, Any]) -> list[str] | None:
+def _with_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as it is, its contents as lists, which one table needs of all rows."""
+    if isinstance(row["prompt"], str):
+        return row
+    prompt = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in row["prompt"]
+    ]
+    return {**row, "prompt": prompt}
+
+
+def _slot(part: dict[str, Any]) -> dict[str, Any]:
+    """A media part for the table: a slot, or a video's frames, with the options of its medium."""
     medium = part[part["type"]]
-    return _paths(medium) if isinstance(medium.source, list) else None  # type: ignore[return-value]
+    frames = _paths(medium) if isinstance(medium.source, list) else None
+    return {**part, part["type"]: frames, **medium.overrides}
 
 
 def _paths(medium: Medium) -> str | list[str]:

@@ -63,7 +63,11 @@ def choose(
         seen = {kind for probe in probes for kind in probe.kinds or ("text",)}
         if wanted <= seen and twin:
             break
-        sample = to_sample(row, intake.root, where)
+        try:
+            sample = to_sample(row, intake.root, where)
+        except MediaError as error:
+            intake.leave_out(error)
+            continue
         kinds = kinds_of(sample, intake)
         new = bool(set(kinds or ("text",)) & wanted - seen)
         if not new and (twin or not kinds or twins == _TWINS):

@@ -129,7 +129,14 @@ class Medium:
         if not own:
             return run
         rate_given = own.get("fps") is not None or own.get("base_interval") is not None
-        values = run.model_dump() | ({"fps": None, "base_interval": None} if rate_given else {}) | own
+        values = run.model_dump(exclude_unset=True) | ({"fps": None, "base_interval": None} if rate_given else {})
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            if (low in own) != (high in own):  # the medium's own limit is nearer than the run's other one
+                mine, other = (low, high) if low in own else (high, low)
+                limit = values.get(other)
+                if limit is not None and (limit < own[mine] if mine == low else limit > own[mine]):
+                    values.pop(other)
+        values |= own
         try:
             return MediaOptions.model_validate(values)
         except ValueError as error:
