@@ -404,7 +404,9 @@ def shrunk(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("modality", ["image", "video", pytest.param("audio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "modality", ["image", *(pytest.param(modality, marks=pytest.mark.slow) for modality in ("video", "audio"))]
+)
 def test_the_demo_from_end_to_end(shrunk: Path, modality: str):
     arguments = ["demo", "--json", "--seed", "5", "--modality", modality]
     result = CliRunner().invoke(app, arguments)
