@@ -20,6 +20,13 @@ QWEN_IDS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14}
 QWEN25_VISION |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
 
+# A quarter of every head turns; three layers of four have a state in the place of keys and values.
+QWEN35 = {"head_dim": 256, "linear_num_key_heads": 16}
+QWEN35["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000000.0, "mrope_section": [11, 11, 10]}
+QWEN35["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
+QWEN35_IDS = {"image_token_id": 248056, "video_token_id": 248057}
+QWEN35_IDS |= {"vision_start_token_id": 248053, "vision_end_token_id": 248054}
+
 WHISPER = {"encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "d_model": 1280}
 WHISPER |= {"num_mel_bins": 128, "max_source_positions": 1500}
 
@@ -148,6 +155,84 @@ PUBLISHED = {
         4_437_815_808,
         (24, 2, 2, 36, 4, 3),
         (151655, 151656),
+    ),
+    "Qwen/Qwen3.5-0.8B": (
+        "Qwen3_5",
+        {
+            "text_config": _text(1024, 3584, 24, 8, 2, 248320, linear_num_value_heads=16, **QWEN35),
+            "vision_config": {
+                "depth": 12,
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_heads": 12,
+                "out_hidden_size": 1024,
+            },
+            "tie_word_embeddings": True,
+            **QWEN35_IDS,
+        },
+        852_985_920,
+        (12, 2, 2, 24, Fraction(6 * 4 + 18 * 5, 24), 3),
+        (248056, 248057),
+    ),
+    "Qwen/Qwen3.5-4B": (
+        "Qwen3_5",
+        {
+            "text_config": _text(2560, 9216, 32, 16, 4, 248320, linear_num_value_heads=32, **QWEN35),
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_heads": 16,
+                "out_hidden_size": 2560,
+            },
+            "tie_word_embeddings": True,
+            **QWEN35_IDS,
+        },
+        4_539_265_536,
+        (24, 2, 2, 32, Fraction(8 * 4 + 24 * 5, 32), 3),
+        (248056, 248057),
+    ),
+    "LiquidAI/LFM2-VL-450M": (
+        "Lfm2Vl",
+        {
+            "text_config": _text(
+                1024,
+                6656,
+                16,
+                16,
+                8,
+                65536,
+                model_type="lfm2",
+                layer_types=["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+            ),
+            "vision_config": {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "patch_size": 16,
+                "num_patches": 256,
+                "vision_use_head": False,
+            },
+            "projector_hidden_size": 2560,
+            "image_token_id": 396,
+        },
+        450_822_656,
+        (12, 4, 2, 16, Fraction(6 * 4 + 10 * 2, 16), 3),
+        (396,),
+    ),
+    "google/paligemma-3b-pt-224": (
+        "PaliGemma",
+        {
+            "text_config": _text(2048, 16384, 18, 8, 1, 257216, model_type="gemma", head_dim=256),
+            "vision_config": _vision(
+                1152, 4304, 27, 16, 224, 14, model_type="siglip_vision_model", vision_use_head=False
+            ),
+            "image_token_index": 257152,
+        },
+        2_923_466_480,
+        (27, 4, 2, 18, 4, 3),
+        (257152,),
     ),
     "Qwen/Qwen2.5-Omni-3B, its thinker": (
         "Qwen2_5OmniThinker",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import tiny
 from torch import Tensor
 
 from vlm_grpo import VLMGRPOConfig, VLMGRPOTrainer
@@ -28,6 +29,8 @@ class Recorder(VLMGRPOTrainer):
         self.rows: list[list[Scored]] = []
         self.seen_rows: list[Any] = []
         self._current: dict[str, Any] | None = None
+        if getattr(getattr(args[0], "config", None), "model_type", "") in tiny.PREFIX_LM:
+            args[2].group_sharing = "auto"  # which nothing else in these tests needs
         super().__init__(*args, **kwargs)
 
     def _encoded_rows(self, inputs):
@@ -88,6 +91,7 @@ def config(path: Any, **options: Any) -> VLMGRPOConfig:
         "learning_rate": 0.0,
         "temperature": 0.8,
         "weight_decay": 0.0,
+        "group_sharing": True,  # a fallback would be an error
         "flow_check": False,  # has tests of its own, and takes as long as these runs
     }
     return VLMGRPOConfig(**{**defaults, **options})

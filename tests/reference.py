@@ -117,10 +117,11 @@ def logps(model: Any, encoded: dict[str, Any], completion: list[int], temperatur
     """(T,) log-probabilities of the completion after the prompt, from the model's plain logits."""
     prompt = encoded["input_ids"]
     tail = torch.tensor([completion])
-    inputs = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
+    inputs = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask", "labels")}
     for key in ("mm_token_type_ids", "token_type_ids"):
         if key in inputs:
-            inputs[key] = torch.cat([inputs[key], torch.zeros_like(tail)], 1)
+            follows = torch.full_like(tail, int(type(model.config).__name__ == "PaliGemmaConfig"))
+            inputs[key] = torch.cat([inputs[key], follows], 1)
     if "cross_attention_mask" in inputs:  # what follows sees the pictures that the last token of the prompt sees
         mask = inputs["cross_attention_mask"]
         inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(completion), -1, -1)], 1)

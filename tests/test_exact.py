@@ -115,8 +115,15 @@ NOT_IMAGES = [("qwen2_5_vl", "video"), ("smolvlm", "video"), ("qwen2_audio", "au
 SEVERAL_KINDS = [family for family, kinds in tiny.KINDS.items() if len(kinds) > 1]
 
 
-@pytest.mark.parametrize("case", ["one", "several", "sizes", "mixed"])
-@pytest.mark.parametrize(("family", "kind"), PAIRS)
+def has_case(family: str, kind: str, case: str) -> bool:
+    """Some processors refuse a row without media."""
+    return case != "mixed" or f"{kind} none" in tiny.CASES[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "case"),
+    [(*p, case) for case in ("one", "several", "sizes", "mixed") for p in PAIRS if has_case(*p, case)],
+)
 def test_exact_logps(family, kind, case, tmp_path, largest):
     # covers U1 U10 O1 O2 A1
     check(family, kind, case, rows(case, kind), tmp_path, largest)
@@ -216,10 +223,11 @@ def test_pairwise_covers_every_pair():
             assert wanted == {(case[i], case[j]) for case in PAIRWISE}
 
 
-# One family a mechanism: packed patches, tiles, one tensor an image, cross-attention, sound.
+# One family a mechanism: packed patches, tiles, one tensor an image, cross-attention, a state, a convolution, sound.
 # Two of them always, the others among the slow tests: every option meets every mechanism there.
 MECHANISMS = [("qwen2_5_vl", "image"), ("qwen2_audio", "audio")]
 OTHERS = [("smolvlm", "image"), ("gemma3", "image"), ("mllama", "image"), ("qwen2_5_vl", "video")]
+OTHERS += [("qwen3_5", "image"), ("lfm2_vl", "image")]
 MECHANISMS += [pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS]
 
 

@@ -83,7 +83,8 @@ def test_lora_switches_choose_exactly_the_layers_of_the_published_shape(publishe
         assert isinstance(modules[name], torch.nn.Linear)
         assert modules[name] is not published.model.get_output_embeddings()
         assert {"vision": vision, "language": language}[tower_of(family, name)], "never the tower of sounds"
-        assert (attention and re.search("attn|attention", name)) or (mlp and ".mlp." in name)
+        mixes, feeds = re.search(r"attn|attention|\.conv\.", name), re.search(r"\.mlp\.|\.feed_forward\.", name)
+        assert (attention and mixes) or (mlp and feeds)
 
 
 # covers U2

@@ -13,6 +13,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from test_exact import with_adapter
 
+import vlm_grpo.group.forward
+import vlm_grpo.group.rollout
+import vlm_grpo.scoring
 import vlm_grpo.trainer
 from vlm_grpo.collate import collate
 from vlm_grpo.errors import FlowError, MediaError
@@ -37,9 +40,10 @@ def table(*rows: dict) -> Dataset:
     return Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
 
 
-def three(kind: str) -> Dataset:
-    """Two rows with different media of a kind, and a text row between them."""
-    return table(row(**{kind: 1}), row("count two"), row("count three", **{kind: 2}))
+def three(kind: str, family: str = "qwen2_5_vl") -> Dataset:
+    """Two rows with different media of a kind, and a text row between them where the family takes one."""
+    between = row("count two") if f"{kind} none" in tiny.CASES[family] else row("count two", **{kind: 3})
+    return table(row(**{kind: 1}), between, row("count three", **{kind: 2}))
 
 
 def make(data, path, family="qwen2_5_vl", *, model=None, **options):
@@ -77,7 +81,7 @@ def assert_shown(lines: dict[str, re.Match], kinds, family: str = "") -> None:
 @pytest.mark.parametrize(("family", "kind"), [(family, kind) for family in tiny.KINDS for kind in tiny.KINDS[family]])
 def test_every_kind_of_every_family_is_shown(family, kind, tmp_path, caplog):
     # covers Q2 A11
-    assert_shown(check(make(three(kind), tmp_path, family), caplog), [kind], family)
+    assert_shown(check(make(three(kind, family), tmp_path, family), caplog), [kind], family)
 
 
 @pytest.mark.parametrize("family", [family for family, kinds in tiny.KINDS.items() if len(kinds) > 1])
@@ -195,7 +199,8 @@ def break_collate(monkeypatch, change) -> None:
         inputs = collate(encodings, *args, **kwargs)
         return change(inputs, encodings) or inputs
 
-    monkeypatch.setattr(vlm_grpo.trainer, "collate", broken)
+    for module in (vlm_grpo.trainer, vlm_grpo.scoring, vlm_grpo.group.forward, vlm_grpo.group.rollout):
+        monkeypatch.setattr(module, "collate", broken)
 
 
 def lacking(*keys: str):
@@ -214,27 +219,29 @@ def swapping(key: str):
     return swap
 
 
-def test_a_collate_that_drops_videos_is_caught(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_collate_that_drops_videos_is_caught(sharing, tmp_path, caplog, monkeypatch):
     # covers Q2 A11
     break_collate(monkeypatch, lacking("pixel_values_videos"))
     message = (
         r"^The video of row 0 of train_dataset does not reach the loss whole: the model makes 0 video features .* 8 of"
     )
     with pytest.raises(FlowError, match=message) as caught:
-        check(make(three("video"), tmp_path), caplog)
+        check(make(three("video"), tmp_path, group_sharing=sharing), caplog)
     assert "qwen2_5_vl" in str(caught.value) and "flow_check=False" in str(caught.value)
     break_collate(monkeypatch, lacking("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
     with pytest.raises(FlowError, match=r"row 0 of train_dataset"):
-        check(make(three("video"), tmp_path), caplog)
+        check(make(three("video"), tmp_path, group_sharing=sharing), caplog)
 
 
-def test_a_collate_that_drops_sound_is_caught(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_collate_that_drops_sound_is_caught(sharing, tmp_path, caplog, monkeypatch):
     # covers Q2 A11
     break_collate(monkeypatch, lacking("input_features"))
     with pytest.raises(
         FlowError, match=r"^The audio of row 0 of train_dataset does not reach the loss: blanking .* 0\.0e\+00"
     ):
-        check(make(three("audio"), tmp_path, "qwen2_audio"), caplog)
+        check(make(three("audio"), tmp_path, "qwen2_audio", group_sharing=sharing), caplog)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +254,15 @@ def test_a_collate_that_swaps_media_is_caught(family, kind, tmp_path, caplog, mo
     with pytest.raises(
         FlowError, match=rf"^A training batch reads the {kind} of row 0 of train_dataset differently.* mixes"
     ):
-        check(make(three(kind), tmp_path, family), caplog)
+        check(make(three(kind), tmp_path, family, group_sharing=False), caplog)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_hide_no_swap(dtype, tmp_path, caplog, monkeypatch):
     break_collate(monkeypatch, swapping("pixel_values"))
     with pytest.raises(FlowError, match="A training batch reads the image"):
-        check(make(three("image"), tmp_path, model=tiny.build("qwen2_5_vl")[0].to(dtype)), caplog)
+        model = tiny.build("qwen2_5_vl")[0].to(dtype)
+        check(make(three("image"), tmp_path, model=model, group_sharing=False), caplog)
 
 
 def test_generation_that_sees_something_else_is_caught(tmp_path, caplog):
@@ -276,7 +284,7 @@ def test_what_the_model_raises_is_one_sentence(tmp_path, caplog, monkeypatch):
 
     break_collate(monkeypatch, cut)
     with pytest.raises(
-        FlowError, match=r"the training forward fails on row 0 of train_dataset with image \(.*tokens"
+        FlowError, match=r"the training forward fails on row 0 of train_dataset with image \(.*(tokens|shape mismatch)"
     ) as caught:
         check(make(three("image"), tmp_path), caplog)
     assert "\n" not in str(caught.value) and caught.value.__cause__ is not None

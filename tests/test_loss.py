@@ -114,15 +114,19 @@ def test_advantages_are_group_relative(tmp_path):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunked_logps_equal_float64(temperature, softcap, bias):
+@pytest.mark.parametrize("trained", ["all", "hidden", "hidden, not through the entropy"])
+def test_chunked_logps_equal_float64(temperature, softcap, bias, trained):
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, requires_grad=True)
     weight = torch.randn(101, 16, requires_grad=True)
     offset = torch.randn(101, requires_grad=True) if bias else None
     targets = torch.randint(101, (37,))
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    ours = chunked_logps(hidden, weight, offset, targets, temperature, 5, softcap, 0.5, names)
+    arguments = (targets, temperature, 5, softcap, 0.5, names)
+    ours = chunked_logps(hidden, weight, offset, *arguments)
     leaves = [t for t in (hidden, weight, offset) if t is not None]
+    if trained != "all":  # a frozen head takes another way
+        ours = chunked_logps(hidden, weight.detach(), offset.detach() if bias else None, *arguments)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     logits = linear(wide[0], wide[1], wide[2] if bias else None) * 0.5
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -139,9 +143,11 @@ def test_chunked_logps_equal_float64(temperature, softcap, bias):
     for name, a, b in zip(names, ours, expected, strict=True):
         assert torch.allclose(a.double(), b.double(), atol=1e-5, rtol=1e-5), name
     factor = torch.randn(37)
-    (ours[0] * factor + ours[1] * factor.flip(0)).sum().backward()
-    (expected[0] * factor.double() + expected[1] * factor.double().flip(0)).sum().backward()
-    for a, b in zip(leaves, wide, strict=True):
+    entropy = 0.0 if "not" in trained else 1.0
+    loss = ours[0] * factor + (ours[1] * factor.flip(0) if entropy else 0)
+    loss.sum().backward()
+    (expected[0] * factor.double() + entropy * expected[1] * factor.double().flip(0)).sum().backward()
+    for a, b in zip(leaves if trained == "all" else [hidden], wide, strict=False):
         assert torch.allclose(a.grad.double(), b.grad, atol=1e-4, rtol=1e-4)
 
 

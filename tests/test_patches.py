@@ -34,7 +34,9 @@ def test_the_table_in_the_readme_is_the_ledger():
     assert ledger.table() in README.read_text(encoding="utf-8"), "python -m vlm_grpo.patches.ledger prints the table"
     names = [patch.name for _, patch in RECORDS]
     assert len(set(names)) == len(names) >= 3
-    assert {file for file, _ in RECORDS} == {path.name for path in README.parent.glob("[!_]*.py")} - {"ledger.py"}
+    files = {path.name for path in README.parent.glob("[!_]*.py")} - {"ledger.py"}
+    without = {file for file in files if f"`{file}` holds no patch" in README.read_text(encoding="utf-8")}
+    assert {file for file, _ in RECORDS} == files - without
 
 
 @pytest.mark.parametrize("patch", [patch for _, patch in RECORDS], ids=lambda patch: patch.name)

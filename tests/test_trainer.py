@@ -79,7 +79,7 @@ def test_the_signature_is_trls_and_two_keywords():
 # What TRL 1.15 calls, and what these overrides were written against.
 OVERRIDDEN = {
     "_set_signature_columns_if_needed": [],
-    "_get_train_sampler": ["dataset"],
+    "_prepare_inputs": ["generation_batch"],
     "_generate_and_score_completions": ["inputs"],
     "_tokenize_prompts": ["prompts"],
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],

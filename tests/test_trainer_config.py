@@ -91,6 +91,8 @@ def test_defaults_are_trls_but_for_ours():
         "flow_check": True,
         "max_prompt_length": None,
         "on_overlong": "drop",
+        "group_sharing": "auto",
+        "group_attention": "reference",
     }
     for name in ("disable_dropout", "gradient_check", "gradient_report", "flow_check", "max_prompt_length"):
         assert "%" not in VLMGRPOConfig.__dataclass_fields__[name].metadata["help"], (
@@ -173,7 +175,7 @@ def test_our_list_of_choices_is_trls():
     source = inspect.getsource(trl.trainer.grpo_trainer)
     for name, choices in _CHOICES.items():
         assert _default(VLMGRPOConfig.__dataclass_fields__[name]) in choices
-        for choice in choices if name != "on_overlong" else ():  # which is ours
+        for choice in choices if name not in ("on_overlong", "group_sharing", "group_attention") else ():  # ours
             assert isinstance(choice, bool) or f'"{choice}"' in source or f"'{choice}'" in source, choice
 
 

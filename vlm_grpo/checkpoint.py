@@ -103,6 +103,18 @@ class ExactCheckpoints(Trainer):
 
     _saving = False
 
+    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **kwargs: Any) -> Any:
+        def sampler_of(rows: Any) -> Any:
+            sampler = sampler_fn(rows)
+            repeats = kwargs.get("is_training") and isinstance(sampler, RepeatSampler)
+            return EpochRepeatSampler(sampler, self._epoch) if repeats else sampler
+
+        return super()._get_dataloader(dataset, *args, sampler_fn=sampler_of if sampler_fn else None, **kwargs)
+
+    def _epoch(self) -> int:
+        """The epoch that is about to be iterated, from 0."""
+        return int(self.state.epoch or 0)
+
     def _resume_state(self) -> dict[str, Any]:
         """What this process must remember beyond transformers' state: plain containers and tensors."""
         return {}

@@ -33,10 +33,10 @@ def collate(
     for key in dict.fromkeys(key for encoded in encodings for key in encoded.tokens):
         example = next(encoded.tokens[key] for encoded in encodings if key in encoded.tokens)
         rows = [_extend(e, key, example, width - n, more) for e, n, more in zip(encodings, lengths, extra, strict=True)]
-        inputs[key] = _pad_and_concatenate(rows).to(device)
+        inputs[key] = pad_and_concatenate(rows).to(device)
     for key in dict.fromkeys(key for encoded in encodings for key in encoded.media):
         rows = [encoded.media[key] for encoded in encodings if key in encoded.media]
-        inputs[key] = _pad_and_concatenate(rows).to(device)
+        inputs[key] = pad_and_concatenate(rows).to(device)
     for encoded in encodings:
         inputs |= encoded.options
     return inputs
@@ -46,12 +46,16 @@ def _extend(encoded: EncodedPrompt, key: str, example: Tensor, left: int, right:
     value = encoded.tokens.get(key)
     if value is None:  # a text row between image rows
         value = example.new_zeros((1, len(encoded.input_ids), *example.shape[2:]))
-    # Type ids are 0 for text. A mask over media (L, ...) keeps the last prompt token's view of them.
-    tail = value[:, -1:].expand(-1, right, *value.shape[2:]) if value.ndim > 2 else value.new_zeros((1, right))
+    # Type ids are 0 for text, or what ``after`` says. A mask over media (L, ...) keeps the last prompt token's view.
+    last = value[:, -1:] if value.ndim > 2 else value.new_full((1, 1), encoded.after.get(key, 0))
+    tail = last.expand(-1, right, *value.shape[2:])
     return torch.cat([value.new_zeros((1, left, *value.shape[2:])), value, tail], 1)
 
 
-def _pad_and_concatenate(tensors: list[Tensor]) -> Tensor:
+def pad_and_concatenate(tensors: list[Tensor]) -> Tensor:
+    """Concatenate on dimension 0, zero-padded at the end of the other dimensions to their largest sizes."""
+    if len(tensors) == 1:
+        return tensors[0]
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:

@@ -34,6 +34,7 @@ class EncodedPrompt:
         media: everything else, such as ``pixel_values``; the first dimension counts images, patches, tiles or sounds.
         options: keyword arguments of the model that are no tensors; rows of one batch agree on them.
         senses: which towers the media reach, ``vision`` and ``audio``.
+        after: what a token-level extra is for every token that follows the prompt, where that is not 0.
     """
 
     input_ids: list[int]
@@ -41,6 +42,7 @@ class EncodedPrompt:
     media: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     senses: tuple[str, ...] = ()
+    after: dict[str, int] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> "EncodedPrompt":
         return self  # immutable, and shared by the completions of a group
@@ -93,7 +95,7 @@ def encode(
     heard = media.audio_in_video and any(medium.kind == "video" for medium in sample.media)
     senses = ["audio" if medium.kind == "audio" else "vision" for medium in sample.media] + ["audio"] * heard
     options = {"use_audio_in_video": True} if heard else {}
-    return EncodedPrompt(*_split(dict(encoded), sample), options, tuple(sorted(set(senses))))
+    return EncodedPrompt(**_split(dict(encoded), sample), options=options, senses=tuple(sorted(set(senses))))
 
 
 def _takes_files(processor: Any) -> bool:
@@ -331,24 +333,25 @@ def _cannot(processor: Any, sample: Sample, kind: str) -> str:
     )
 
 
-def _split(encoded: dict[str, Any], sample: Sample) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
-    """Ids, token-level tensors, and all others."""
+def _split(encoded: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """Ids, token-level tensors, and all others, as fields of an ``EncodedPrompt``."""
     input_ids = torch.as_tensor(encoded.pop("input_ids")).reshape(-1).tolist()
     encoded.pop("attention_mask", None)
-    length = len(input_ids)
-    if length == 0:
+    # Labels come with types that tell a prompt, which reads itself in both directions (0), from an answer (1).
+    after = {} if encoded.pop("labels", None) is None else {"token_type_ids": 1}
+    if not input_ids:
         raise EncodingError("The prompt is empty after tokenization. Give it a text, or check the chat template.")
     tokens, media = {}, {}
     for key, value in encoded.items():
         value = torch.atleast_1d(value if isinstance(value, Tensor) else torch.as_tensor(value))
-        fits = value.ndim >= 2 and value.shape[:2] == (1, length) and not value.is_floating_point()
+        fits = value.ndim >= 2 and value.shape[:2] == (1, len(input_ids)) and not value.is_floating_point()
         (tokens if fits and not _ABOUT_MEDIA.match(key) else media)[key] = value
     if sample.media and not media:
         raise EncodingError(
             f"The row has {_count(sample)} but the processor returned none of them — {where_of(sample)}. "
             "Use a processor and chat template that know them."
         )
-    return input_ids, tokens, media
+    return {"input_ids": input_ids, "tokens": tokens, "media": media, "after": after}
 
 
 def _count(sample: Sample) -> str:
@@ -394,5 +397,4 @@ def completion_ids(processor: Any, sample: Sample, completion: str) -> list[int]
         whole = processor.apply_chat_template(messages + answers, tokenize=False)
         if whole.startswith(prompt):
             text = whole[len(prompt) :].split(tokenizer.eos_token)[0]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids + [tokenizer.eos_token_id]
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

@@ -9,6 +9,7 @@ VLMGRPOError
 ├── RewardError (ValueError)          a reward that cannot be resolved or called
 ├── FlowError (RuntimeError)          media that do not reach the loss, or not as generation sees them
 ├── GradientError (RuntimeError)      a trained tower that receives no gradient
+├── SharingError (RuntimeError)       shared work in a group where it would not be exact
 ├── CheckpointError (RuntimeError)    a run folder that cannot be continued
 └── UnsupportedError (NotImplementedError)  a combination that has no test yet, or that cannot work here
 """
@@ -48,6 +49,10 @@ class FlowError(VLMGRPOError, RuntimeError):
 
 class GradientError(VLMGRPOError, RuntimeError):
     """A trained tower that receives no gradient."""
+
+
+class SharingError(VLMGRPOError, RuntimeError):
+    """Group sharing that was demanded where it would not be exact."""
 
 
 class CheckpointError(VLMGRPOError, RuntimeError):

@@ -1,12 +1,14 @@
 """Pure tensors: what TRL lacks or cannot do on every device. Nothing here knows a trainer or a model."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
-# 64 MiB of fp32 logits: large enough for full matmul speed, small beside any model.
-_CHUNK_ELEMENTS = 1 << 24
+# 16 MiB of fp32 logits, of which a handful of copies exist at a time: full matmul speed, little memory.
+_CHUNK_ELEMENTS = 1 << 22
 
 
 def chunked_logps(
@@ -22,8 +24,10 @@ def chunked_logps(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Log-probabilities of ``targets`` under a language-model head, in plain torch, without the (N, V) logits.
 
-    The head runs in chunks of rows; under autograd each chunk is recomputed in the backward pass, so at most
-    one chunk of logits exists at a time. Same arguments and results as TRL's Triton kernel, on any device.
+    The head runs in chunks of rows, so at most one chunk of logits exists at a time. A frozen head keeps, from its
+    forward pass, each row's derivative (N, H) of the log-probability, and its backward pass is one product with a
+    number per row; a trained head, and a gradient through the entropy, compute each chunk's logits again. Same
+    arguments and results as TRL's Triton kernel, on any device.
 
     Args:
         hidden: (N, H) hidden states that predict ``targets``.
@@ -41,46 +45,107 @@ def chunked_logps(
     """
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     rows = rows if chunk_size is None else min(rows, chunk_size)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-
-    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor | None, ...]:
-        return _head_statistics(hidden, weight, bias, targets, temperature, softcap, logit_scale, outputs)
-
+    head = _Head(temperature, softcap, logit_scale, outputs)
+    with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunks = []
     for start in range(0, max(1, hidden.shape[0]), rows):  # one empty chunk keeps the graph when N is 0
-        args = hidden[start : start + rows], weight, bias, targets[start : start + rows]
-        chunks.append(checkpoint(head, *args, use_reentrant=False) if needs_grad else head(*args))
+        part, own = hidden[start : start + rows], targets[start : start + rows]
+        if with_gradient:
+            chunks.append(_Statistics.apply(head, part, weight, bias, own))
+        else:
+            chunks.append(head.statistics(head.logits(part, weight, bias), own))
     columns = zip(*chunks, strict=True)
     return tuple(None if column[0] is None else torch.cat(column) for column in columns)  # type: ignore[return-value]
 
 
-def _head_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[str, ...],
-) -> tuple[Tensor | None, ...]:
-    logits = linear(hidden.to(weight.dtype), weight, bias)  # (n, V)
-    # Half precision is enough for the product, not for the normaliser.
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / temperature
-    normaliser = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    entropy = log_sum_sq = mean_logits = is_top1 = None
-    if "entropy" in outputs:
-        probs = (logits - normaliser[:, None]).exp()
-        entropy = normaliser - (probs * logits).sum(-1)
-    if "log_sum_sq_probs" in outputs:
-        log_sum_sq = (2 * (logits.detach() - normaliser.detach()[:, None])).logsumexp(-1)
-    if "mean_logits" in outputs:
-        mean_logits = logits.detach().mean(-1)
-    if "is_top1" in outputs:
-        is_top1 = logits.argmax(-1) == targets
-    return log_probs, entropy, log_sum_sq, mean_logits, is_top1
+@dataclass(frozen=True)
+class _Head:
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    outputs: tuple[str, ...]
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(n, V) at the sampling temperature, in fp32 or better; what may be written on."""
+        logits = linear(hidden.to(weight.dtype), weight, bias)
+        # Half precision is enough for the product, not for the normaliser.
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if self.softcap is None:
+            return logits.mul_(self.logit_scale / self.temperature)
+        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of ``logits`` by the head's own product."""
+        if self.softcap is None:
+            return self.logit_scale / self.temperature
+        saturation = logits * (self.temperature / self.softcap)
+        return saturation.square_().neg_().add_(1).mul_(self.logit_scale / self.temperature)
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor | None, ...]:
+        normaliser = logits.logsumexp(-1)
+        log_probs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        entropy = log_sum_sq = mean_logits = is_top1 = None
+        if "entropy" in self.outputs:
+            entropy = normaliser - torch.linalg.vecdot((logits - normaliser[:, None]).exp_(), logits)
+        if "log_sum_sq_probs" in self.outputs:
+            log_sum_sq = (2 * (logits - normaliser[:, None])).logsumexp(-1)
+        if "mean_logits" in self.outputs:
+            mean_logits = logits.mean(-1)
+        if "is_top1" in self.outputs:
+            is_top1 = logits.argmax(-1) == targets
+        return log_probs, entropy, log_sum_sq, mean_logits, is_top1
+
+    def log_prob_slope(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(n, V): the derivative of the log-probabilities by the head's own product. Writes on ``logits``."""
+        slope = self.slope(logits)
+        probs = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
+        return _minus_from_one_hot(probs, targets).mul_(slope)
+
+
+def _minus_from_one_hot(probs: Tensor, targets: Tensor) -> Tensor:
+    """One at the targets, minus ``probs``; writes on them."""
+    return probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(probs[:, :1]))
+
+
+class _Statistics(torch.autograd.Function):
+    """``_Head.statistics``; log-probabilities and entropies carry gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, head: _Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.head, ctx.autocast = head, _autocast(hidden.device.type)
+        logits = head.logits(hidden, weight, bias)
+        found = head.statistics(logits, targets)
+        derivative = None
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if frozen:
+            derivative = (head.log_prob_slope(logits, targets).to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.save_for_backward(hidden, weight, bias, targets, derivative)
+        ctx.mark_non_differentiable(*(output for output in found[2:] if output is not None))
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_log_prob: Tensor | None, of_entropy: Tensor | None, *rest: Any) -> Any:
+        hidden, weight, bias, targets, derivative = ctx.saved_tensors
+        if derivative is not None and of_entropy is None and of_log_prob is not None:
+            return None, derivative * of_log_prob[:, None].to(derivative.dtype), None, None, None
+        with ctx.autocast:
+            logits = ctx.head.logits(hidden, weight, bias)
+        total = torch.zeros_like(logits)
+        if of_entropy is not None:
+            log_probs = logits - logits.logsumexp(-1, keepdim=True)
+            probs = log_probs.exp()
+            entropy = -torch.linalg.vecdot(probs, log_probs)[:, None]
+            total += log_probs.add_(entropy).mul_(probs).mul_(ctx.head.slope(logits)).mul_(-of_entropy[:, None])
+        if of_log_prob is not None:
+            total += ctx.head.log_prob_slope(logits, targets).mul_(of_log_prob[:, None])
+        total = total.to(weight.dtype)
+        of_weight = total.T @ hidden.to(weight.dtype) if weight.requires_grad else None
+        of_bias = total.sum(0) if bias is not None and bias.requires_grad else None
+        return None, (total @ weight).to(hidden.dtype), of_weight, of_bias, None
+
+
+def _autocast(device: str) -> torch.autocast:
+    """The precision that is in force now, to compute in again later."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))

@@ -5,6 +5,7 @@ once, its encoding travels as one entry of a Python list in TRL's batches, and i
 """
 
 import copy
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,16 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, use_adapter
+from trl.models.utils import (
+    disable_gradient_checkpointing,
+    prepare_deepspeed,
+    prepare_fsdp,
+    unwrap_model_for_generation,
+)
+from trl.trainer.utils import use_adapter
 
 from .carry import Prompt, Row, Text
-from .checkpoint import EpochRepeatSampler, ExactCheckpoints
+from .checkpoint import ExactCheckpoints
 from .checks import GradientCheck, LengthCheck, StepsCheck
 from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
@@ -27,13 +33,18 @@ from .data import MEDIA_COLUMNS, decoded, undecoded
 from .encode import EncodedPrompt
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .flow import FlowCheck
+from .group import GroupSharing, SharingReport, advice, from_units, to_units, unique, unit_of, up_to_end
 from .intake import Intake
 from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together, tower_of
 from .patches.trl import LOG_PROBS, add_fused_head, own_grpo_trainer
 from .quantized import is_quantized, trainable_data, undo_bf16_adapters
+from .scoring import Encodings, forwards
+from .scoring import logps as plain_logps
+from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
 
 _TRLTrainer: Any = own_grpo_trainer()
+_LOG = logging.getLogger("vlm_grpo")
 
 
 # Rows tried in the place of one that cannot be used; more bad rows than good ones is a dataset to look at.
@@ -104,14 +115,9 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root).expanduser()
         self.media = MediaOptions.of(media)
-        train_dataset, self._pictures = undecoded(train_dataset)
-        if isinstance(eval_dataset, dict):
-            parts = {name: undecoded(dataset) for name, dataset in eval_dataset.items()}
-            eval_dataset = {name: dataset for name, (dataset, _) in parts.items()}
-            self._pictures |= {name: feature for _, found in parts.values() for name, feature in found.items()}
-        else:
-            eval_dataset, pictures = undecoded(eval_dataset)
-            self._pictures |= pictures
+        train_dataset, pictures = undecoded(train_dataset)
+        eval_dataset, more = undecoded(eval_dataset)
+        self._pictures = pictures | more
         adapters = trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
         adapted = is_peft_model(model) or peft_config is not None  # then the base model is the reference
@@ -142,9 +148,10 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if is_quantized(self.model):
             undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
-        self._install_checks()
         self._suppress_placeholders()
         self._end_at_any_eos()
+        self._share_groups()
+        self._install_checks()
         self.intake = self._make_intake()
         self.add_callback(LengthCheck(self.intake, train_dataset))
 
@@ -187,7 +194,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             lambda name: tower_of(family, name), check, log if self.args.gradient_report else None
         )
         self._flow_check = FlowCheck(self)
-        for callback in (self._gradient_check, StepsCheck, self._flow_check):
+        report = SharingReport(self.sharing, self.watch, log)
+        for callback in (self._gradient_check, StepsCheck, self._flow_check, report):
             self.add_callback(callback)
 
     def _suppress_placeholders(self) -> None:
@@ -197,6 +205,21 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             chosen = self.generation_kwargs.get("suppress_tokens") or []
             suppressed = sorted({*chosen, *self.placeholder_ids})
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+
+    def _share_groups(self) -> None:
+        self._unit = unit_of(self.args.per_device_train_batch_size, self.num_generations)
+        self.watch = Stopwatch()
+        self.sharing = GroupSharing(
+            family_of(self.model.config),
+            self.args.group_sharing,
+            self.placeholder_ids,
+            self.accelerator.autocast,
+            aux_loss=self.aux_loss_enabled,
+            fused=self.args.group_attention == "flex",
+        )
+        lost = advice(self.args.per_device_train_batch_size, self.num_generations)
+        if lost is not None and self.args.group_sharing is not False:
+            _LOG.warning(lost)
 
     def _end_at_any_eos(self) -> None:
         """Ends that the user adds by ``generation_kwargs`` end the counted tokens too, not only the sampling."""
@@ -208,22 +231,26 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if self._signature_columns is None:
             self._signature_columns = ["prompt", *MEDIA_COLUMNS]
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        return EpochRepeatSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
-
     # ---- rollout ------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.model.training:
             self._flow_check.check_rows(inputs)  # of a streaming dataset; of a table it is long done
-        rows = self._encoded_rows(inputs)
+        with self.watch("process"):
+            rows = self._encoded_rows(inputs)
         batch = super()._generate_and_score_completions(rows)
         batch["encodings"] = [row.encoding for row in rows]
-        self._add_old_and_ref_logps(batch)
+        with self.watch("logps"):
+            self._add_old_and_ref_logps(batch)
         if self.log_completions and self.log_multimodal:
             pictures = [[m.open(self.media) for m in row.sample.media if m.kind == "image"] for row in rows]
             self._logs["images"].extend(gather_object(pictures))
-        return batch
+        # TRL shuffles and splits what it gets: groups, so that the completions of a prompt stay together.
+        return to_units(batch, self._unit) if self.model.training else batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        return from_units(inputs) if self.model.training else inputs
 
     def _make_intake(self) -> Intake:
         template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
@@ -288,8 +315,12 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         try:
             for rows in together(family_of(self.model.config), encodings):
                 ids, own = [prompt_ids[row] for row in rows], [encodings[row] for row in rows]
-                extra = [len(row) - len(encoded.input_ids) for row, encoded in zip(ids, own, strict=True)]
-                out, logps = super()._generate_single_turn(ids, None, collate(own, extra=extra), *args, **kwargs)
+                with self.watch("generate"):
+                    out, logps = self._generate_shared(ids, own), None
+                    if out is None:
+                        extra = [len(row) - len(encoded.input_ids) for row, encoded in zip(ids, own, strict=True)]
+                        fields = collate(own, extra=extra)
+                        out, logps = super()._generate_single_turn(ids, None, fields, *args, **kwargs)
                 completions |= dict(zip(rows, out, strict=True))
                 logprobs |= dict(zip(rows, logps or [None] * len(rows), strict=True))
         finally:
@@ -298,6 +329,25 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         ordered = range(len(encodings))
         known = all(logprobs[row] is not None for row in ordered)
         return [completions[row] for row in ordered], [logprobs[row] for row in ordered] if known else None
+
+    def _generate_shared(self, prompt_ids: list[list[int]], encodings: list[EncodedPrompt]) -> list[list[int]] | None:
+        """Completions with each prompt prefilled once, as TRL's method gives them; None where that cannot be."""
+        if not self.sharing.generates(self.model, encodings):
+            return None
+        device, pad = self.accelerator.device, self._tokenizer.pad_token_id
+        prompts, index = unique(prompt_ids, encodings)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            sequences = self.sharing.generate(model, prompts, index, self.generation_config, pad, device)
+        return None if sequences is None else up_to_end(sequences, self.eos_token_ids)
 
     def _add_old_and_ref_logps(self, batch: dict[str, Any]) -> None:
         """The two log-probabilities that TRL takes before it has the encodings, under TRL's own conditions."""
@@ -337,7 +387,16 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         # TRL hands this entry on to the method below untouched: the one way through its fixed list of arguments.
-        return super()._compute_loss(model, {**inputs, "num_images": inputs["encodings"]})
+        return super()._compute_loss(
+            model, {**inputs, "num_images": Encodings(inputs["encodings"], self._idle(inputs))}
+        )
+
+    def _idle(self, inputs: dict[str, Any]) -> list[bool]:
+        """Of each row, whether nothing in the loss has a gradient for it."""
+        exact = self.beta == 0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+        if not exact or self.args.world_size > 1:  # DDP waits for every parameter
+            return [False] * len(inputs["encodings"])
+        return (inputs["advantages"].reshape(len(inputs["encodings"]), -1) == 0).all(1).tolist()
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -358,37 +417,30 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         """
         if num_images is None:
             return None, None, None
-        shape = (len(input_ids), logits_to_keep)
-        logps = torch.zeros(shape, device=input_ids.device)
-        entropies = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
-        aux_losses = []
-        for rows in self._forwards(num_images, batch_size or len(num_images)):
-            index = torch.tensor(rows, device=input_ids.device)
-            ids, mask = input_ids[index], attention_mask[index]
-            inputs = collate(
-                [num_images[row] for row in rows], input_ids.size(1), [logits_to_keep] * len(rows), input_ids.device
-            )
-            if compute_aux_loss:
-                inputs["output_router_logits"] = True
-            labels = ids.masked_fill(mask == 0, -100)
-            labels[:, :-logits_to_keep] = -100
-            with self.accelerator.autocast():
-                out = model(input_ids=ids, attention_mask=mask, **inputs, labels=labels, fused_lm_head=True)
-            logps = logps.index_copy(0, index, out.log_probs[:, -logits_to_keep:].to(logps.dtype))
-            if entropies is not None:
-                entropies = entropies.index_copy(0, index, out.entropy[:, -logits_to_keep:].to(entropies.dtype))
-            aux_losses.append(out.aux_loss)
-        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-        for output in (logps, entropies):
-            self._gradient_check.watch(output, [encoded.senses for encoded in num_images])
-        return logps, entropies, aux_loss
+        autocast = self.accelerator.autocast
+        rows = num_images if isinstance(num_images, Encodings) else Encodings(num_images)
+        out = None
+        if self.sharing.on(model, rows):
+            own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
 
-    def _forwards(self, encodings: list[EncodedPrompt], size: int) -> Iterator[list[int]]:
-        """The rows of each forward: at most ``size``, and only rows that a family can take together."""
-        family = family_of(self.model.config)
-        for start in range(0, len(encodings), size):
-            for rows in together(family, encodings[start : start + size]):
-                yield [start + row for row in rows]
+            def unshared(own: Any, few: list[int]) -> Tensor:
+                """The same rows, one prompt per completion."""
+                return plain_logps(
+                    own, input_ids, attention_mask, logits_to_keep, rows, iter([[row] for row in few]), autocast
+                )[0][few]
+
+            out = self.sharing.logps(model, completions, own_mask, rows, rows.idle, unshared)
+        aux_loss = None
+        if out is None:
+            batches = forwards(family_of(self.model.config), rows, batch_size or len(rows))
+            arguments = (model, input_ids, attention_mask, logits_to_keep, rows, batches, autocast, compute_aux_loss)
+            *found, aux_losses = plain_logps(*arguments)
+            out = tuple(found)
+            aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
+        logps, entropies = out
+        for output in (logps, entropies if compute_entropy else None):
+            self._gradient_check.watch(output, [encoded.senses for encoded in rows])
+        return logps, entropies if compute_entropy else None, aux_loss
 
     # ---- resume -------------------------------------------------------------------------------------------------
 
@@ -399,7 +451,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             "entropy": (self.entropy_coef, self._last_world_entropy),
         }
         if self._step % (self.args.steps_per_generation * self.num_iterations):
-            state["rollout"] = pack_rollout(self._buffered_inputs)
+            state["rollout"] = pack_rollout([from_units(batch) for batch in self._buffered_inputs])
         return state
 
     def _load_resume_state(self, state: dict[str, Any]) -> None:
@@ -407,7 +459,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         self._metrics["train"].update(state["metrics"])
         self.entropy_coef, self._last_world_entropy = state["entropy"]
         if "rollout" in state:
-            self._buffered_inputs = unpack_rollout(state["rollout"], self.accelerator.device)
+            batches = unpack_rollout(state["rollout"], self.accelerator.device)
+            self._buffered_inputs = [to_units(batch, self._unit) for batch in batches]
 
 
 def check_size(dataset: Any, args: VLMGRPOConfig) -> None:

@@ -69,6 +69,21 @@ class VLMGRPOConfig(GRPOConfig):
         default="drop",
         metadata={"help": "Rows longer than max_prompt_length are left out and counted, or refused before step 1."},
     )
+    group_sharing: Literal["auto"] | bool = field(
+        default="auto",
+        metadata={
+            "help": "Encode, prefill and score the prompt once for all completions of a group, with the same "
+            'gradients. "auto" falls back to one prompt per completion, with the reason, where that is not exact; '
+            "true raises there."
+        },
+    )
+    group_attention: Literal["reference", "flex"] = field(
+        default="reference",
+        metadata={
+            "help": 'How a group\'s attention is computed where sharing is on. "flex" is one fused kernel on a GPU '
+            "(FlexAttention; needs triton): opt-in, not yet measured on a GPU. On a CPU it is slow."
+        },
+    )
 
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
@@ -185,6 +200,8 @@ _CHOICES = {
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_overlong": ("drop", "error"),
+    "group_sharing": ("auto", True, False),
+    "group_attention": ("reference", "flex"),
 }
 
 

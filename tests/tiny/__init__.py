@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .cases import cases, rows
-from .images import aria, gemma3, llava, mllama
+from .hybrid import lfm2_vl, qwen3_5
+from .images import aria, gemma3, llava, mllama, paligemma
 from .media import audio, image, prompt, video
 from .qwen import omni, qwen2_5_vl, qwen2_vl, qwen3_vl
 from .sounds import gemma3n, phi4, qwen2_audio, voxtral
@@ -24,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "KINDS",
     "PAD",
+    "PREFIX_LM",
     "TAGS",
     "TEMPLATE",
     "WORDS",
@@ -37,12 +39,14 @@ __all__ = [
     "video",
 ]
 
+PREFIX_LM = ("paligemma",)  # their prompts read what follows them: a prompt per completion, always
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "llava", "gemma3")  # one of every mechanism, for images
 
 _BUILDERS = {
     "qwen2_vl": (qwen2_vl, ("image", "video")),
     "qwen2_5_vl": (qwen2_5_vl, ("image", "video")),
     "qwen3_vl": (qwen3_vl, ("image", "video")),
+    "qwen3_5": (qwen3_5, ("image", "video")),
     "qwen2_5_omni_thinker": (omni, ("image", "video", "audio")),
     "idefics3": (idefics3, ("image",)),
     "smolvlm": (smolvlm, ("image", "video")),
@@ -51,6 +55,8 @@ _BUILDERS = {
     "llava_onevision": (llava_onevision, ("image", "video")),
     "internvl": (internvl, ("image", "video")),
     "gemma3": (gemma3, ("image",)),
+    "lfm2_vl": (lfm2_vl, ("image",)),
+    "paligemma": (paligemma, ("image",)),
     "aria": (aria, ("image",)),
     "mllama": (mllama, ("image",)),
     "qwen2_audio": (qwen2_audio, ("audio",)),

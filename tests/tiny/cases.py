@@ -14,6 +14,7 @@ _FRAMES, _RATES, _SECONDS = (4, 6, 2, 8), (2.0, 4.0, 1.0, 3.0), (0.5, 0.8, 0.31,
 _IMPOSSIBLE = {
     ("llava_onevision", "video sizes in a row"),  # clips of one row must have as many frames
     ("internvl", "video sizes in a row"),
+    ("paligemma", "image none"),  # a row without a picture is refused
     ("smolvlm", "mixed row"),  # a row's clips take the place of its pictures
 }
 

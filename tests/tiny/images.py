@@ -56,6 +56,26 @@ def gemma3(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[
     return finish(model, processor, seed, image_scale, "model.multi_modal_projector.mm_input_projection_weight")
 
 
+def paligemma(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[Any, Any]:
+    words = tokenizer(("<bos>", "<image>"), {"image_token": "<image>"}, bos="<bos>")
+    # Its processor writes <bos> itself, behind the last picture, and adds a thousand words for places.
+    processor = transformers.PaliGemmaProcessor(
+        transformers.SiglipImageProcessor(size={"height": 56, "width": 56}, image_seq_length=16),
+        words,
+        chat_template=template("<image>"),
+    )
+    text = text_config(len(words), hidden, layers, model_type="gemma", head_dim=hidden // 4)
+    config = transformers.PaliGemmaConfig(
+        text_config=text | {"bos_token_id": words.bos_token_id, "tie_word_embeddings": False},
+        vision_config=vision_config(hidden, layers, model_type="siglip_vision_model", vision_use_head=False),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        projection_dim=hidden,
+        tie_word_embeddings=False,
+    )
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    return finish(model, processor, seed, image_scale, "model.multi_modal_projector.linear.weight")
+
+
 def aria(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[Any, Any]:
     words = tokenizer(("<|img|>",), {"image_token": "<|img|>"})
     text = text_config(len(words), hidden, layers, model_type="aria_text", head_dim=hidden // 4)

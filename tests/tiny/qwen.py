@@ -14,18 +14,18 @@ _TEMPLATE = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_st
 
 def qwen2_vl(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[Any, Any]:
     vision = {"depth": layers, "num_heads": 2, "patch_size": 14, "embed_dim": hidden, "hidden_size": hidden}
-    return _build("Qwen2VL", vision | {"mlp_ratio": 2}, seed, hidden, layers, image_scale)
+    return build_qwen("Qwen2VL", vision | {"mlp_ratio": 2}, seed, hidden, layers, image_scale)
 
 
 def qwen2_5_vl(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[Any, Any]:
-    return _build("Qwen2_5_VL", _windowed(hidden, layers), seed, hidden, layers, image_scale)
+    return build_qwen("Qwen2_5_VL", _windowed(hidden, layers), seed, hidden, layers, image_scale)
 
 
 def qwen3_vl(*, seed: int, hidden: int, layers: int, image_scale: float) -> tuple[Any, Any]:
     vision = {"depth": layers, "num_heads": 2, "patch_size": 16, "hidden_size": hidden, "out_hidden_size": hidden}
     vision |= {"intermediate_size": 2 * hidden, "num_position_embeddings": 64}
     vision |= {"deepstack_visual_indexes": [0, layers - 1]}
-    return _build("Qwen3VL", vision, seed, hidden, layers, image_scale)
+    return build_qwen("Qwen3VL", vision, seed, hidden, layers, image_scale)
 
 
 def _windowed(hidden: int, layers: int) -> dict[str, Any]:
@@ -38,27 +38,31 @@ def _rope(hidden: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2 * eighth, eighth, eighth]}
 
 
-def _build(
-    prefix: str, vision: dict[str, Any], seed: int, hidden: int, layers: int, image_scale: float
+def build_qwen(
+    prefix: str, vision: dict[str, Any], seed: int, hidden: int, layers: int, image_scale: float, **more: Any
 ) -> tuple[Any, Any]:
+    """A model of Qwen's vision-language kind and its processor; ``more`` goes to the text config."""
     words = tokenizer(_VISION, dict(zip(_NAMES, _VISION, strict=True)))
     ids = {f"{n}_id": words.convert_tokens_to_ids(s) for n, s in zip(_NAMES, _VISION, strict=True)}
     rope, head = _rope(hidden), {}
-    if prefix == "Qwen3VL":
+    third = prefix in ("Qwen3VL", "Qwen3_5")
+    if third:
         rope["mrope_interleaved"], head = True, {"head_dim": hidden // 4}
-    config_class, model_class, processor_class = (
-        getattr(transformers, prefix + kind) for kind in ("Config", "ForConditionalGeneration", "Processor")
-    )
-    text = text_config(len(words), hidden, layers, rope_parameters=rope, **head)
+    if prefix == "Qwen3_5":  # a part of every head turns
+        rope["partial_rotary_factor"], head = 0.5, {"head_dim": hidden // 2}
+    config_class = getattr(transformers, f"{prefix}Config")
+    model_class = getattr(transformers, f"{prefix}ForConditionalGeneration")
+    processor_class = getattr(transformers, "Qwen3VLProcessor" if third else f"{prefix}Processor")
+    text = text_config(len(words), hidden, layers, rope_parameters=rope, **head, **more)
     model = model_class(config_class(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids))
-    clips = transformers.Qwen3VLVideoProcessor if prefix == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    clips = transformers.Qwen3VLVideoProcessor if third else transformers.Qwen2VLVideoProcessor
     processor = processor_class(
         image_processor=transformers.Qwen2VLImageProcessor(**_pixels(vision["patch_size"], 1)),
         tokenizer=words,
         video_processor=clips(**_pixels(vision["patch_size"], 8)),
         chat_template=_TEMPLATE,
     )
-    last = "linear_fc2" if prefix == "Qwen3VL" else "mlp.2"
+    last = "linear_fc2" if third else "mlp.2"
     return finish(model, processor, seed, image_scale, f"model.visual.merger.{last}.weight")
 
 

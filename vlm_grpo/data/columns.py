@@ -13,10 +13,15 @@ def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]
     stops the data loader, and sound and video need no further package.
 
     Returns:
-        the dataset, and the features that were decoding pictures, by column: ``decoded`` restores them for rewards.
+        the dataset (or several, as a dict of them), and the features that were decoding pictures, by column:
+        ``decoded`` restores them for rewards.
     """
     import datasets
 
+    if isinstance(dataset, dict):  # several, by name
+        parts = {name: undecoded(part) for name, part in dataset.items()}
+        pictures = {column: feature for _, found in parts.values() for column, feature in found.items()}
+        return {name: part for name, (part, _) in parts.items()}, pictures  # type: ignore[return-value]
     features = getattr(dataset, "features", None)
     if not features or getattr(dataset, "format", {}).get("type") == "custom":  # a transform makes the rows
         return dataset, {}

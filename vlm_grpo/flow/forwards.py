@@ -41,8 +41,8 @@ class Forwards:
         """(T,) log-probs of one row given to the model as the processor made it, and the features made of its media."""
         encoding, tail = probe.encoding, torch.tensor([probe.completion], device=self.device)
         inputs: dict[str, Any] = {key: value.to(self.device) for key, value in encoding.media.items()}
-        for key, value in encoding.tokens.items():  # type ids are 0 for text; a mask over media stays as it ends
-            last = value[:, -1:] if value.ndim > 2 else torch.zeros_like(value[:, -1:])
+        for key, value in encoding.tokens.items():  # type ids are an answer's; a mask over media stays as it ends
+            last = value[:, -1:] if value.ndim > 2 else value.new_full((1, 1), encoding.after.get(key, 0))
             inputs[key] = torch.cat([value, last.repeat_interleave(tail.size(1), 1)], 1).to(self.device)
         ids = torch.cat([torch.tensor([encoding.input_ids], device=self.device), tail], 1)
         labels = ids.clone()
@@ -74,6 +74,7 @@ class Forwards:
 
     def counted(self, probes: list[Probe]) -> tuple[Tensor, Counter[str]]:
         """``score``, and the features that were made."""
+        self.trainer.sharing.forget()  # what is known already is not made again
         with counting(self.model) as made:
             return self.score(probes), made
 

@@ -47,6 +47,8 @@ class Family:
         apart: media tensors that a row may share a forward over only with rows whose own have the same shape, because
             the model cannot pad them or lets the padding through into other rows' results.
         counted: config attributes of further tokens by which the model counts media: a sampled one would crash it.
+        encoders: methods of the model, or of modules in it, that turn media into features for the language model; those
+            that a model does not have are skipped. ``audio`` is in the name of those that encode sounds.
         tested: whether the row below was checked against the family's published shape.
     """
 
@@ -61,6 +63,7 @@ class Family:
     language_mlp: tuple[str, ...] = _DECODER_MLP
     apart: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("get_image_features", "get_video_features", "get_audio_features")
     tested: bool = True
 
 
@@ -79,6 +82,17 @@ _FAMILIES = (
         projector=("visual.merger", "visual.deepstack_merger_list"),
         vision_attention=_QWEN_ATTENTION,
         vision_mlp=("mlp.linear_fc1", "mlp.linear_fc2"),
+    ),
+    Family(
+        "qwen3_5",
+        vision=("visual",),
+        projector=("visual.merger",),
+        vision_attention=_QWEN_ATTENTION,
+        vision_mlp=("mlp.linear_fc1", "mlp.linear_fc2"),
+        language_attention=(
+            *_DECODER_ATTENTION,
+            *(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")),
+        ),
     ),
     Family(
         "qwen2_5_omni_thinker",
@@ -107,6 +121,14 @@ _FAMILIES = (
         projector=("multi_modal_projector",),
         vision_attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.projection_layer"),
     ),
+    Family(
+        "lfm2_vl",
+        vision=("vision_tower",),
+        projector=("multi_modal_projector",),
+        language_attention=(*_CLIP_ATTENTION, "conv.in_proj", "conv.out_proj"),  # most layers mix by a convolution
+        language_mlp=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    ),
+    Family("paligemma", vision=("vision_tower",), projector=("multi_modal_projector",)),
     Family("gemma3", vision=("vision_tower",), projector=("multi_modal_projector",)),
     Family(
         "aria",
@@ -122,8 +144,14 @@ _FAMILIES = (
         language_attention=(*_DECODER_ATTENTION, *(f"cross_attn.{name[0]}_proj" for name in "qkvo")),
         # Tokens in front of a row's first picture read all of the row's pictures, padding included.
         apart=("pixel_values",),
+        encoders=("vision_model.forward",),
     ),
-    Family("qwen2_audio", audio=("audio_tower",), projector=("multi_modal_projector",)),
+    Family(
+        "qwen2_audio",
+        audio=("audio_tower",),
+        projector=("multi_modal_projector",),
+        encoders=("audio_tower.forward",),
+    ),
     Family("voxtral", audio=("audio_tower",), projector=("multi_modal_projector",)),
     Family(
         "gemma3n",
@@ -145,6 +173,10 @@ _FAMILIES = (
         # Padded frames are attended to; sounds take another projector beside pictures; and a mask that hides nothing is
         # dropped, which makes the vision tower causal.
         apart=("image_pixel_values", "image_attention_mask", "audio_input_features", "audio_attention_mask"),
+        encoders=(
+            "embed_tokens_extend.image_embed.get_img_features",
+            "embed_tokens_extend.audio_embed.encoder.forward",
+        ),
     ),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}

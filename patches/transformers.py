@@ -1,0 +1,72 @@
+"""transformers: answering in the place of one method of one model, for a while or from now on."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .ledger import Patch
+
+
+@contextmanager
+def answered_by(owner: Any, name: str, answer: Callable[..., Any]) -> Iterator[None]:
+    """Within it, ``owner.name(...)`` is ``answer(...)``: of this instance only, nothing of its class changes.
+
+    Raises:
+        AttributeError: ``owner`` has no such method.
+    """
+    getattr(owner, name)
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = answer
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+class _Wrapped:
+    """A method of one instance within a wrapper. A deep copy of the instance has one of its own, bound to the copy."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(owner, name))  # the bound method is __wrapped__, and is copied as such
+        self.owner, self.wrapper, self.of_class = owner, wrapper, name not in owner.__dict__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.__wrapped__, self.owner, *args, **kwargs)
+
+
+def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """From now on, ``owner.name(...)`` is ``wrapper(method, owner, ...)``: of this instance and of its deep copies.
+
+    Args:
+        owner: an instance, such as a module of a model.
+        name: of the method.
+        wrapper: gets the bound method as it was. A function of a module: a second call with the same does nothing.
+
+    Returns:
+        what undoes it. It does nothing where the wrapper is gone already, or lies within another.
+
+    Raises:
+        AttributeError: ``owner`` has no such method.
+    """
+    wrapped = owner.__dict__.get(name)
+    if not (isinstance(wrapped, _Wrapped) and wrapped.wrapper is wrapper):
+        wrapped = owner.__dict__[name] = _Wrapped(owner, name, wrapper)
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is not wrapped:
+            return
+        if wrapped.of_class:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = wrapped.__wrapped__
+
+    return undo
+
+
+PATCHES: list[Patch] = []  # what lies here lasts for one call, or belongs to one model

@@ -1,0 +1,95 @@
+"""The packed row of a group: the prompt once, then every completion behind it.
+
+A row holds ``prompt[:-1] | (last prompt token + completion[:-1]) x G``. The last prompt token stands in front of every
+completion, so that each position has exactly one label. Token, position and mask of a place are those that it would
+have in a row of its own, prompt and one completion: its *logical* place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reasons import Unshareable
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a packed row.
+
+    Attributes:
+        prefix: prompt tokens in front of the last one.
+        suffixes: completions, G.
+        width: tokens of each suffix, C: the last prompt token and all but the last of the completion.
+    """
+
+    prefix: int
+    suffixes: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        return self.prefix + self.suffixes * self.width
+
+    @property
+    def logical(self) -> int:
+        """Tokens of prompt and one completion, without the last."""
+        return self.prefix + self.width
+
+    def repeat(self, row: Tensor, dim: int = 1) -> Tensor:
+        """What is the same for all completions: (..., logical, ...) along ``dim`` to (..., length, ...)."""
+        prefix, suffix = row.split([self.prefix, self.width], dim)
+        return torch.cat([prefix, *[suffix] * self.suffixes], dim)
+
+    def pack(self, prompt: Tensor, completions: Tensor) -> Tensor:
+        """Ids (L,) and (G, C) to the row (1, length)."""
+        suffixes = torch.cat([prompt[-1:].expand(self.suffixes, 1), completions[:, : self.width - 1]], 1)
+        return torch.cat([prompt[:-1], suffixes.reshape(-1)])[None]
+
+    def unpack(self, row: Tensor) -> Tensor:
+        """What belongs to the completions: (1, length) to (G, C)."""
+        return row[0, self.prefix :].view(self.suffixes, self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Goes in the place of an attention mask to every layer, also when checkpointing runs one again.
+
+    Attributes:
+        layout: the row's sizes.
+        prompt: the model's own mask over the prefix (1, heads or 1, prefix, prefix), or None where it is causal.
+        suffix: the mask of one completion (1, heads or 1, C, prefix + C), or None likewise.
+        fused: compute its attention by FlexAttention.
+    """
+
+    layout: Layout
+    prompt: Tensor | None = None
+    suffix: Tensor | None = None
+    fused: bool = False
+
+    @classmethod
+    def of(cls, layout: Layout, mask_of: Callable[[int], Tensor | None], fused: bool = False) -> "Packed":
+        """Cut from the model's own mask over one logical row.
+
+        Args:
+            layout: the row's sizes.
+            mask_of: the boolean mask (1, heads or 1, n, n) of a row of n tokens, or None where it is causal.
+            fused: compute its attention by FlexAttention.
+
+        Raises:
+            Unshareable: the prompt attends to what follows it, so it differs from completion to completion.
+        """
+        mask = mask_of(layout.logical)
+        if mask is None:
+            return cls(layout, fused=fused)
+        prefix = layout.prefix
+        if bool(mask[..., :prefix, prefix:].any()):
+            raise Unshareable("tokens of the prompt attend to what follows them, as in a prefix language model")
+        return cls(layout, mask[..., :prefix, :prefix], mask[..., prefix:, :], fused)
+
+
+def at_completions(layout: Layout, rows: Any) -> Tensor:
+    """Hidden states or features of a packed row (1, length, ...) at its completions (G, C, ...)."""
+    return rows[0, layout.prefix :].unflatten(0, (layout.suffixes, layout.width))

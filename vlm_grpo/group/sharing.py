@@ -1,0 +1,288 @@
+"""What the trainer asks for: shared work where it is exact, checked on first use, with a count of what it saves."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..encode import EncodedPrompt
+from ..errors import SharingError
+from ..models.families import Family
+from .attention import install
+from .features import Features
+from .forward import Scorer
+from .idle import zero_gradients
+from .mixers import install_mixers
+from .reasons import Unshareable, reason_against
+from .rollout import Prompts, generate, generation_reason
+
+_LOG = logging.getLogger("vlm_grpo")
+# The largest difference of a log-probability or logit that rounding explains.
+_TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 5e-2
+_CHECKED_TOKENS = 3
+
+
+class GroupSharing:
+    """Shares the work of a prompt among its completions.
+
+    Args:
+        family: the model's row of the table.
+        mode: ``auto`` falls back with a warning where sharing is not exact, True raises there, False never shares.
+        placeholders: ids of tokens that stand for media.
+        autocast: the precision of training.
+        aux_loss: whether the router's auxiliary loss is trained.
+        fused: compute packed attention by FlexAttention.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        mode: Literal["auto"] | bool,
+        placeholders: tuple[int, ...],
+        autocast: Callable[[], AbstractContextManager],
+        aux_loss: bool = False,
+        fused: bool = False,
+    ) -> None:
+        self.family, self.mode, self.autocast, self.aux_loss, self.fused = family, mode, autocast, aux_loss, fused
+        self.placeholders = frozenset(placeholders)
+        self.off = mode is False
+        self.off_in_generation = False
+        self.saved = {"prompt_tokens": 0, "encodes": 0}
+        self._features: dict[int, Features] = {}
+        self._checked: set[tuple] = set()
+        self._said: set[str] = set()
+
+    # ---- where it is exact --------------------------------------------------------------------------------------
+
+    def on(self, model: nn.Module, encodings: list[EncodedPrompt]) -> bool:
+        """Whether these rows share their prompts' work. Decides on first use for a model.
+
+        Raises:
+            SharingError: sharing was demanded and is not exact for the model.
+        """
+        if self.off:
+            return False
+        plain = plain_model(model)
+        if id(plain) not in self._features:
+            try:
+                reason = reason_against(plain, self.aux_loss)
+                if reason is not None:
+                    raise Unshareable(reason)
+                install(plain)
+                install_mixers(plain)
+            except Unshareable as error:
+                self.refuse(str(error))
+                return False
+            self._features[id(plain)] = Features(plain, self.family, self.autocast)
+        return self._fits(encodings)
+
+    def _fits(self, encodings: list[EncodedPrompt]) -> bool:
+        for encoded in {id(e): e for e in encodings}.values():
+            if len(encoded.input_ids) < 2:  # nothing to share
+                return False
+            if encoded.input_ids[-1] in self.placeholders:
+                self.refuse("a prompt ends in a medium", forever=False)
+                return False
+        return True
+
+    def refuse(self, reason: str, forever: bool = True, generation: bool = False) -> None:
+        """Fall back with the reason, said once, or raise it where sharing was demanded."""
+        if self.mode is True:
+            raise SharingError(
+                f"group_sharing=True: the work of a prompt cannot be shared by its completions, because {reason}. "
+                'Set group_sharing to "auto" or false.'
+            )
+        if generation:
+            self.off_in_generation = True
+        elif forever:
+            self.off = True
+        if reason not in self._said:
+            self._said.add(reason)
+            what = "Prompts are prefilled" if generation else "Prompts are processed"
+            _LOG.warning("%s once per completion, because %s.", what, reason)
+
+    def forget(self) -> None:
+        """Drop what media were encoded to: the next forward encodes them again."""
+        for features in self._features.values():
+            features.known.clear()
+
+    # ---- log-probabilities --------------------------------------------------------------------------------------
+
+    def logps(
+        self,
+        model: Any,
+        completions: Tensor,
+        mask: Tensor,
+        encodings: list[EncodedPrompt],
+        idle: list[bool],
+        plain: Callable[[Any, list[int]], Tensor],
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Log-probabilities and entropies (B, T) in nats, one forward a group; None where sharing turns out inexact.
+
+        Args:
+            model: the trainer's model, wrapped as it may be.
+            completions: (B, T) ids.
+            mask: (B, T), 1 at real tokens.
+            encodings: one per row; the rows of a group hold one object.
+            idle: per row, whether its gradient is known to be zero.
+            plain: log-probabilities (len(rows), T) of some rows of this batch without sharing, for the check.
+        """
+        own = plain_model(model)
+        features = self._features[id(own)]
+        scorer = Scorer(model, own, features, self.autocast, self.fused)
+        logps = torch.zeros(completions.shape, device=completions.device)
+        entropies = torch.zeros_like(logps)
+        skipped: list[EncodedPrompt] = []
+        for rows in groups_of(encodings):
+            index = torch.tensor(rows, device=completions.device)
+            encoded, ids, real = encodings[rows[0]], completions[index], mask[index]
+            skip = torch.is_grad_enabled() and all(idle[row] for row in rows)
+            before = features.encodes
+            try:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not skip):
+                    out, entropy = scorer.group(encoded, ids, real)
+                self._check(own, encoded, out, rows, real, plain)
+            except Unshareable as error:
+                self.refuse(str(error))
+                return None
+            self._count(encoded, len(rows), features.encodes - before if features.frozen() else 1)
+            skipped += [encoded] * skip
+            logps = logps.index_copy(0, index, out.to(logps.dtype))
+            if entropy is not None:
+                entropies = entropies.index_copy(0, index, entropy.to(logps.dtype))
+        if skipped:
+            logps = logps + zero_gradients(own, self.family, skipped)
+        return logps, entropies
+
+    def _count(self, encoded: EncodedPrompt, rows: int, encodes: int) -> None:
+        self.saved["prompt_tokens"] += (rows - 1) * (len(encoded.input_ids) - 1)
+        self.saved["encodes"] += max(0, rows - encodes) if encoded.media else 0
+
+    def _check(
+        self,
+        model: Any,
+        encoded: EncodedPrompt,
+        logps: Tensor,
+        rows: list[int],
+        mask: Tensor,
+        plain: Callable[[Any, list[int]], Tensor],
+    ) -> None:
+        """On the first prompt of each kind: the same as its rows without sharing."""
+        kind = (id(model), len(rows) > 1, *sorted(encoded.media))
+        if kind in self._checked or not bool(mask.any()):
+            return
+        few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
+        with torch.no_grad():
+            expected = plain(model, [rows[place] for place in few])
+        self._compare("log-probabilities", (logps.detach()[few] - expected).abs() * mask[few], model)
+        self._checked.add(kind)
+
+    def _compare(self, what: str, difference: Tensor, model: Any) -> None:
+        low = torch.is_autocast_enabled(difference.device.type) or self._is_16_bit(model)
+        tolerance, found = _TOLERANCE_16_BIT if low else _TOLERANCE, float(difference.max())
+        if not found <= tolerance:
+            raise Unshareable(
+                f"the {what} of the first group differ by {found:.1e} from those without sharing "
+                f"(at most {tolerance:.0e} is rounding)"
+            )
+
+    def _is_16_bit(self, model: Any) -> bool:
+        with self.autocast():
+            mixed = torch.is_autocast_enabled(model.device.type)
+        return mixed or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+
+    def generates(self, model: Any, encodings: list[EncodedPrompt]) -> bool:
+        """Whether these rows share a prefill. The same decision as ``on``."""
+        return not self.off_in_generation and self.on(model, encodings)
+
+    def generate(
+        self, model: Any, prompts: Prompts, index: list[int], config: GenerationConfig, pad: int, device: Any
+    ) -> Tensor | None:
+        """Completions (B, T) as ``model.generate`` gives them, each prompt prefilled once; None where it cannot be.
+
+        Args:
+            model: the unwrapped model.
+            prompts: the unique prompts.
+            index: the prompt of each row.
+            config: how to generate.
+            pad: the id that prompts are padded with.
+            device: where it runs.
+        """
+        reason = generation_reason(config)
+        if reason is not None:
+            self.refuse(reason, generation=True)
+            return None
+        own = plain_model(model)
+        features = self._features[id(own)]
+        before = features.encodes
+        try:
+            features.encode(prompts.encodings, lambda row: prompts.inputs(pad, device, [row]))
+            self._check_generation(own, features, prompts, config, pad, device)
+            rows, inputs = torch.tensor(index, device=device), prompts.inputs(pad, device)
+            with features.of(prompts.encodings):
+                out = generate(own, features, inputs, prompts.tokens, rows, config, model.generate)
+        except Unshareable as error:
+            self.refuse(str(error), generation=True)
+            return None
+        self.saved["prompt_tokens"] += sum(len(prompts.ids[i]) for i in index) - sum(map(len, prompts.ids))
+        media = sum(bool(prompts.encodings[i].media) for i in index)
+        encoded = features.encodes - before if features.frozen() else sum(bool(e.media) for e in prompts.encodings)
+        self.saved["encodes"] += max(0, media - encoded)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    def _check_generation(
+        self, model: Any, features: Features, prompts: Prompts, config: GenerationConfig, pad: int, device: Any
+    ) -> None:
+        """Once: the logits of a few greedy tokens, of two prompts with two rows each, are those without sharing."""
+        kind = ("generation", id(model), *sorted({name for encoded in prompts.encodings for name in encoded.media}))
+        if kind in self._checked:
+            return
+        own = partial(type(model).generate, model)  # whoever listens to the model's generate waits for the run's
+        few = list(range(min(2, len(prompts.ids))))
+        index = torch.tensor(few, device=device).repeat_interleave(2)
+        greedy = GenerationConfig(
+            max_new_tokens=_CHECKED_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=config.pad_token_id,
+            suppress_tokens=config.suppress_tokens,
+        )
+        with features.of([prompts.encodings[row] for row in few]):
+            inputs = prompts.inputs(pad, device, few)
+            shared = generate(model, features, inputs, prompts.tokens, index, greedy, own)
+        plain = own(**prompts.inputs(pad, device, index.tolist()), generation_config=greedy)
+        self._compare("logits", _gap(shared, plain), model)
+        self._checked.add(kind)
+
+
+def _gap(shared: Any, plain: Any) -> Tensor:
+    """The difference of the logits, up to the first token in which two rows differ: what follows has other inputs."""
+    steps = len(plain.logits)
+    same = (shared.sequences[:, -steps:] == plain.sequences[:, -steps:]).int()
+    before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], 1).cumprod(1)  # (B, steps)
+    gaps = torch.stack([(a - b).abs().amax(-1) for a, b in zip(shared.logits, plain.logits, strict=True)], 1)
+    return gaps * before
+
+
+def plain_model(model: Any) -> Any:
+    """The model without the wrappers of accelerate, DDP and PEFT; adapters are inside of it."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def groups_of(encodings: list[EncodedPrompt]) -> list[list[int]]:
+    """The rows of each prompt, by the object that they share."""
+    groups: dict[int, list[int]] = {}
+    for row, encoded in enumerate(encodings):
+        groups.setdefault(id(encoded), []).append(row)
+    return list(groups.values())
