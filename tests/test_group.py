@@ -18,12 +18,14 @@ from transformers import TrainerCallback
 
 from vlm_grpo import LoraOptions, load_model
 from vlm_grpo.errors import SharingError
-from vlm_grpo.group import attention, forward, rollout
+from vlm_grpo.group import attention, rollout
 from vlm_grpo.group.features import Features
 from vlm_grpo.group.layout import Layout
 from vlm_grpo.models.families import family_of, lora_targets, tower_of
 
 SHARING = [family for family in tiny.KINDS if family not in tiny.PREFIX_LM]
+ALWAYS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "gemma3", "lfm2_vl", "mllama", "qwen2_audio")
+FAMILIES = [f if f in ALWAYS else pytest.param(f, marks=pytest.mark.slow) for f in SHARING]
 # One family a mechanism; two of them always, the others among the slow tests.
 SLOW_MECHANISMS = [("smolvlm", "image"), ("gemma3", "image"), ("mllama", "image"), ("qwen2_5_vl", "video")]
 SLOW_MECHANISMS += [("qwen3_vl", "image"), ("qwen3_5", "image"), ("lfm2_vl", "image")]
@@ -115,7 +117,7 @@ def encodes(trainer: Any) -> int:
 
 # covers U1 U10 O1 O2 A1
 @pytest.mark.parametrize("beta", [0.1, pytest.param(0.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_group_equals_its_rows(family, beta, tmp_path, largest):
     """Frozen towers: what they made of a prompt is used again by generation, old, reference and new figures."""
     model, processor = tiny.build(family)
@@ -139,14 +141,14 @@ def test_group_equals_its_rows(family, beta, tmp_path, largest):
     assert logged(shared, "group/prompt_tokens_saved") == [tokens]
 
 
-class Second(TrainerCallback):
-    """Forgets what was counted until the end of step 2, the end of the first generation's use."""
+class Later(TrainerCallback):
+    """Forgets what was counted until the end of step 4: the first prompts are compared with rows alone."""
 
     def __init__(self, seen: list[int]) -> None:
         self.seen = seen
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
+        if state.global_step == 4:
             self.seen.clear()
 
 
@@ -178,9 +180,26 @@ def test_a_tower_runs_once_a_medium_and_generation(family, tmp_path):
             count_work(model, seen)
             super().__init__(model, *args, **kwargs)
 
-    options = {"beta": 0.1, "num_iterations": 2, "max_steps": 4, "gradient_checkpointing": True, "cls": Counts}
-    train(model, processor, data, tmp_path, callbacks=[Second(seen)], **options)
+    options = {"beta": 0.1, "num_iterations": 2, "max_steps": 6, "gradient_checkpointing": True, "cls": Counts}
+    train(model, processor, data, tmp_path, callbacks=[Later(seen)], **options)
     assert sum(once) > 0 and sum(seen) == sum(once)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni_thinker"])
+def test_a_trained_tower_runs_once_a_group(family, tmp_path, largest):
+    """Two prompts with pictures, two completions each: of two runs one is saved in generation, one in the loss."""
+    model, processor = tiny.build(family)
+    model, data, seen = with_adapter(model, vision=True), rows("mixed"), {True: [], False: []}
+    runs = []
+    for sharing in (True, False):
+        own = copy.deepcopy(model)
+        tower = next(m for n, m in own.named_modules() if n.endswith(".visual"))
+        tower.register_forward_hook(lambda *_, sharing=sharing: seen[sharing].append(1))
+        runs.append(train(own, processor, data, tmp_path, sharing))
+    assert_same(*runs, largest, family)
+    reached = {n for n, g in runs[0].gradients[0].items() if g.any()}
+    assert any(".visual." in name for name in reached) and any("layers" in name for name in reached)
+    assert logged(runs[0], "group/encodes_saved") == [4] and encodes(runs[0]) == 0
 
 
 @pytest.mark.parametrize("family", tiny.PREFIX_LM)
@@ -260,15 +279,21 @@ def weighted(model: Any, weights: str) -> Any:
 
 
 def cases() -> list[Any]:
+    """All of them for packed patches; a third of them, by turns, for every other mechanism."""
     out = []
-    for family, kind in [("qwen2_5_vl", "image"), ("qwen2_audio", "audio"), *SLOW_MECHANISMS]:
+    for place, (family, kind) in enumerate([("qwen2_5_vl", "image"), ("qwen2_audio", "audio"), *SLOW_MECHANISMS]):
         for number, case in enumerate(PAIRWISE):
-            if kind == "audio" and case[0] == "tower":
-                continue  # whose LoRA has no layers of known names
-            fast = kind == "audio" and number == 0 or (family, kind) == ("qwen2_5_vl", "image") and number % 2 == 0
+            if (place and (number + place) % 3) or (kind == "audio" and case[0] == "tower"):
+                continue  # LoRA knows no layers of that tower
+            fast = (number, place) == (11, 1) or (place == 0 and number % 3 == 0)
             name = f"{family}-{kind}-{'-'.join(map(str, case))}"
             out.append(pytest.param(family, kind, *case, id=name, marks=[] if fast else [pytest.mark.slow]))
     return out
+
+
+def mixed(kind: str) -> list[dict]:
+    """Four rows: of one medium, of none, of two, and of one that is larger."""
+    return [*rows("mixed", kind)[:3], rows("sizes", kind)[3]]
 
 
 # covers U2 U4 U7 U9
@@ -277,7 +302,7 @@ def cases() -> list[Any]:
 def test_group_options(family, kind, weights, checkpointing, schedule, size, beta, ends, tmp_path, largest):
     """Several prompts of different length, with several media of several sizes, and without any."""
     model, processor = tiny.build(family)
-    model, data = weighted(model, weights), rows("mixed", kind)
+    model, data = weighted(model, weights), mixed(kind)
     options = {**MOVES, **SCHEDULES[schedule], "beta": beta, "per_device_train_batch_size": size, "num_generations": 4}
     options |= {"max_steps": 4 if size == 2 else 2, "gradient_checkpointing": checkpointing is not None}
     if checkpointing is not None:
@@ -408,9 +433,10 @@ SAMPLING = {
     "length": {"generation_kwargs": {**ENDS, "min_new_tokens": 4}},
     "greedy": {"generation_kwargs": {"do_sample": False}},
 }
+MORE = ("penalty", "greedy")
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("sampling", ["narrow", "length", *(pytest.param(s, marks=pytest.mark.slow) for s in MORE)])
 @pytest.mark.parametrize(("family", "kind"), MECHANISMS)
 def test_the_same_tokens_are_sampled(family, kind, sampling, tmp_path):
     """In fp32, prompts of different length in one batch."""
@@ -531,7 +557,7 @@ def test_a_mistake_is_found_out(fault, tmp_path, monkeypatch, caplog, largest):
     data = rows("one" if fault is stale else "several")
     data = [*data[:3], row("count four")] if fault is unpadded else data
     model = with_adapter(model)
-    options = {"beta": 0.1, "max_steps": 2}
+    options = {"beta": 0.1, "num_iterations": 2}
     plain = train(model, processor, data, tmp_path, sharing=False, **options)
     with monkeypatch.context() as patch:
         fault(patch)
@@ -592,9 +618,9 @@ def test_generation_of_another_kind(options, reason, tmp_path, caplog, largest):
     with pytest.raises(SharingError, match=f"because {reason}"):
         train(model, processor, data, tmp_path, **options)
     caplog.clear()
-    shared = train(model, processor, data, tmp_path, "auto", max_steps=2, **options)
+    shared = train(model, processor, data, tmp_path, "auto", **options)
     assert said(caplog) == [f"Prompts are prefilled once per completion, because {reason}."]
-    assert_same(shared, train(model, processor, data, tmp_path, False, max_steps=2, **options), largest, reason[:12])
+    assert_same(shared, train(model, processor, data, tmp_path, False, **options), largest, reason[:12])
     assert min(logged(shared, "group/prompt_tokens_saved")) > 0
 
 
@@ -649,13 +675,23 @@ def test_a_size_that_breaks_groups_is_said_once(tmp_path, caplog, largest):
 
 
 class Watched(recorder.Recorder):
-    """Keeps, of every group that is scored in a loss, whether its graph is built."""
+    """Keeps, of every group that a loss scores, whether its graph is built."""
 
     skipping = True
 
+    def __init__(self, model, *args, **kwargs):
+        self.graphs: list[bool] = []
+        self.idle: list[bool] = []
+        model.get_decoder().layers[0].register_forward_hook(self._see)
+        super().__init__(model, *args, **kwargs)
+
+    def _see(self, module, args, out):
+        if self._current is not None:  # not while a rollout is scored
+            self.graphs += [torch.is_grad_enabled()] * len(out)
+
     def _idle(self, inputs):
         idle = super()._idle(inputs)
-        self.idle = [*getattr(self, "idle", []), *idle]
+        self.idle += idle
         return idle if self.skipping else [False] * len(idle)
 
 
@@ -677,33 +713,20 @@ def equal_in(*steps: int):
     return reward
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Of every group that a loss or a reference scores, whether its graph was built."""
-    found: list[bool] = []
-    group = forward.Scorer.group
-
-    def watched(self, *args):
-        found.append(torch.is_grad_enabled())
-        return group(self, *args)
-
-    monkeypatch.setattr(forward.Scorer, "group", watched)
-    return found
-
-
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 3, "max_grad_norm": 1.0}
+ADAM["gradient_checkpointing"] = False  # which would build the graphs once more
 
 
 @pytest.mark.parametrize("weights", ["tower", "all"])
-def test_groups_of_equal_rewards_skip_the_backward_pass(weights, tmp_path, graphs):
+def test_groups_of_equal_rewards_skip_the_backward_pass(weights, tmp_path):
     """Momentum and decay move the weights of such a step all the same. In the second step all groups are such."""
     model, processor = tiny.build("qwen2_5_vl")
     model, data = weighted(model, weights), rows("mixed")
     skipped = train(model, processor, data, tmp_path, cls=Watched, reward=equal_in(2), **ADAM)
-    assert graphs.count(False) == 2 + 4 + 2 and graphs.count(True) == 2 + 0 + 2
-    graphs.clear()
+    checked = skipped.graphs.count(False) - (2 + 4 + 2)  # rows alone, in the first step
+    assert 0 < checked <= 12 and skipped.graphs.count(True) == 2 + 0 + 2
     expected = train(model, processor, data, tmp_path, cls=NotSkipping, reward=equal_in(2), **ADAM)
-    assert graphs.count(False) == 0 and graphs.count(True) == 12
+    assert expected.graphs.count(False) == checked and expected.graphs.count(True) == 12
     pairs = list(zip(skipped.model.named_parameters(), expected.model.named_parameters(), strict=True))
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), skipped.model.parameters(), strict=True))
@@ -715,10 +738,22 @@ def test_groups_of_equal_rewards_skip_the_backward_pass(weights, tmp_path, graph
 @pytest.mark.parametrize(
     "options", [{"beta": 0.1}, {"entropy_coef": 0.1}, {"use_adaptive_entropy": True, "entropy_target": 1.0}], ids=str
 )
-def test_what_has_a_gradient_of_its_own_skips_nothing(options, tmp_path, graphs, largest):
+def test_what_has_a_gradient_of_its_own_skips_nothing(options, tmp_path, largest):
     model, processor = tiny.build("qwen2_5_vl")
     model, data = with_adapter(model), rows("mixed")
-    shared = train(model, processor, data, tmp_path, reward=equal_in(1), cls=Watched, **options)
-    assert graphs.count(True) == 4 and not any(shared.idle)
-    plain = train(model, processor, data, tmp_path, False, reward=equal_in(1), cls=Watched, **options)
+    shared = train(
+        model, processor, data, tmp_path, reward=equal_in(1), cls=Watched, gradient_checkpointing=False, **options
+    )
+    assert shared.graphs.count(True) == 4 and not any(shared.idle)
+    plain = train(
+        model,
+        processor,
+        data,
+        tmp_path,
+        False,
+        reward=equal_in(1),
+        cls=Watched,
+        gradient_checkpointing=False,
+        **options,
+    )
     assert logged(shared, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)

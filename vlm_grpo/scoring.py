@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .collate import collate
 from .encode import EncodedPrompt
 from .models.families import Family, together
+
+T = TypeVar("T")
 
 
 class Encodings(list[EncodedPrompt]):
@@ -20,6 +23,42 @@ class Encodings(list[EncodedPrompt]):
     def __init__(self, encodings: list[EncodedPrompt], idle: list[bool] | None = None) -> None:
         super().__init__(encodings)
         self.idle = [False] * len(encodings) if idle is None else idle
+
+
+class _Whole(nn.Module):
+    """Stands where DDP keeps its module: the work of a micro-batch, however many forwards of the module it takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        return work(self.module)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """By the module's own names, by which DDP knows those that it must not share."""
+        return self.module.named_buffers(*args, **kwargs)
+
+
+def as_one_forward(model: Any, work: Callable[[Any], T]) -> T:
+    """``work(model)``; under DDP one forward of it, within which ``work`` has the module as often as it needs it.
+
+    DDP allows one forward a backward pass: each shares buffers among the processes, and only what the last returned is
+    searched for the parameters that a process does not use. So one process may take several forwards for its rows, and
+    another one fewer, or none that reaches a tower.
+
+    Args:
+        model: the trainer's model, wrapped as it may be.
+        work: returns all that the loss is made of, as tensors, and tuples and lists of them.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return work(model)
+    module = model.module
+    model.module = _Whole(module)
+    try:
+        return model(work)
+    finally:
+        model.module = module
 
 
 def forwards(family: Family, encodings: list[EncodedPrompt], size: int) -> Iterator[list[int]]:

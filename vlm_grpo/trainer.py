@@ -38,7 +38,7 @@ from .intake import Intake
 from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together, tower_of
 from .patches.trl import LOG_PROBS, add_fused_head, own_grpo_trainer
 from .quantized import is_quantized, trainable_data, undo_bf16_adapters
-from .scoring import Encodings, forwards
+from .scoring import Encodings, as_one_forward, forwards
 from .scoring import logps as plain_logps
 from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
@@ -141,7 +141,6 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
-        _check_processes(self.model.config, args)
         self._mend_heads()
         if copies_reference:
             self._install_reference()
@@ -151,6 +150,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         self._suppress_placeholders()
         self._end_at_any_eos()
         self._share_groups()
+        _check_processes(self)
         self._install_checks()
         self.intake = self._make_intake()
         self.add_callback(LengthCheck(self.intake, train_dataset))
@@ -419,25 +419,27 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             return None, None, None
         autocast = self.accelerator.autocast
         rows = num_images if isinstance(num_images, Encodings) else Encodings(num_images)
-        out = None
-        if self.sharing.on(model, rows):
-            own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
 
-            def unshared(own: Any, few: list[int]) -> Tensor:
-                """The same rows, one prompt per completion."""
-                return plain_logps(
-                    own, input_ids, attention_mask, logits_to_keep, rows, iter([[row] for row in few]), autocast
-                )[0][few]
+        def unshared(own: Any, few: list[int]) -> Tensor:
+            """The same rows, one prompt per completion."""
+            batches = iter([[row] for row in few])
+            return plain_logps(own, input_ids, attention_mask, logits_to_keep, rows, batches, autocast)[0][few]
 
-            out = self.sharing.logps(model, completions, own_mask, rows, rows.idle, unshared)
-        aux_loss = None
-        if out is None:
+        def score(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            if self.sharing.on(own, rows):
+                own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
+                arguments = (own, completions, own_mask, rows, rows.idle, unshared, batch_size or len(rows))
+                shared = self.sharing.logps(*arguments)
+                if shared is not None:
+                    return *shared, None
             batches = forwards(family_of(self.model.config), rows, batch_size or len(rows))
-            arguments = (model, input_ids, attention_mask, logits_to_keep, rows, batches, autocast, compute_aux_loss)
-            *found, aux_losses = plain_logps(*arguments)
-            out = tuple(found)
-            aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-        logps, entropies = out
+            arguments = (own, input_ids, attention_mask, logits_to_keep, rows, batches, autocast, compute_aux_loss)
+            logps, entropies, aux_losses = plain_logps(*arguments)
+            return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+
+        logps, entropies, aux_loss = as_one_forward(model, score)  # also where others fall back, and this one does not
+        if entropies is not None:  # hooks of what leaves DDP are given None where the loss does not use it
+            entropies = entropies.view_as(entropies)
         for output in (logps, entropies if compute_entropy else None):
             self._gradient_check.watch(output, [encoded.senses for encoded in rows])
         return logps, entropies if compute_entropy else None, aux_loss
@@ -479,11 +481,24 @@ def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
         )
 
 
-def _check_processes(config: Any, args: VLMGRPOConfig) -> None:
-    """Several forwards a backward pass, and another number of them on each process, is what DDP cannot do."""
-    family = family_of(config)
-    if args.world_size > 1 and family.apart:
-        raise UnsupportedError(
-            f"{family.model_type} needs forwards of its own for rows whose media differ in size, which several "
-            f"processes ({args.world_size}) cannot share. Train it with one process."
-        )
+def _check_processes(trainer: VLMGRPOTrainer) -> None:
+    """What several processes cannot do: FSDP and DeepSpeed exchange weights or gradients during every forward."""
+    args, processes = trainer.args, trainer.args.world_size
+    family = family_of(trainer.model.config)
+    if processes == 1:
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if family.apart:
+            raise UnsupportedError(
+                f"{family.model_type} needs forwards of its own for rows whose media differ in size, and under FSDP "
+                f"and DeepSpeed all {processes} processes must run as many. Train it with DDP, or with one process."
+            )
+        if not trainer.sharing.off:
+            trainer.sharing.refuse(f"under FSDP and DeepSpeed all {processes} processes must run as many forwards")
+    elif args.ddp_find_unused_parameters and args.gradient_checkpointing:
+        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs={args.gradient_checkpointing_kwargs}: with {processes} processes and "
+                "ddp_find_unused_parameters=True, DDP cannot see into reentrant checkpoints. Set use_reentrant to "
+                "False."
+            )

@@ -77,14 +77,22 @@ def _register(name: str) -> None:
         if layout is None or kwargs["q_length"] != layout.length:
             return ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
         own = {key: kwargs[key] for key in _KEPT if key in kwargs}
-        return Packed.of(layout, lambda n: sdpa_mask(batch_size=1, q_length=n, kv_length=n, **own), _FUSED.get())
+        own["attention_mask"] = _logical(kwargs.get("attention_mask"), layout)
+        return Packed.of(layout, lambda length: sdpa_mask(q_length=length, kv_length=length, **own), _FUSED.get())
 
     AttentionInterface.register(twin, attention)
     AttentionMaskInterface.register(twin, mask)
 
 
-# What describes the model's own mask, and not one batch of it.
-_KEPT = ("mask_function", "local_size", "allow_is_causal_skip", "use_vmap", "device")
+# What describes the model's own mask, and not the length of the rows.
+_KEPT = ("batch_size", "mask_function", "local_size", "allow_is_causal_skip", "use_vmap", "device")
+
+
+def _logical(mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """The padding of packed rows (n, length) as that of logical rows: only prompts are padded."""
+    if mask is None or bool(mask[:, : layout.prefix].all()):
+        return None
+    return torch.cat([mask[:, : layout.prefix], mask.new_ones(len(mask), layout.width)], 1)
 
 
 def _original(name: str, module: Any) -> Any:
@@ -152,26 +160,27 @@ def _packed(
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Attention over a packed row: the prompt to itself, each completion to the prompt and to itself.
+    """Attention over packed rows: the prompt to itself, each completion to the prompt and to itself.
 
     Args:
-        query: (1, H, length, D); ``key``, ``value``: (1, K, length, D) with H a multiple of K, never expanded to H.
+        query: (n, H, length, D); ``key``, ``value``: (n, K, length, D) with H a multiple of K, never expanded to H.
         packed: the row's layout and masks.
         scaling: of the scores; 1 / sqrt(D) by default.
         dropout: on the weights.
 
     Returns:
-        (1, H, length, D).
+        (n, H, length, D).
     """
     layout = packed.layout
     prefix, groups, width = layout.prefix, layout.suffixes, layout.width
     options = {"scale": scaling, "dropout_p": dropout}
 
-    def completions(x: Tensor) -> Tensor:  # (1, h, G * C, D) to (G, h, C, D)
-        return x[0, :, prefix:].unflatten(1, (groups, width)).transpose(0, 1)
+    def completions(x: Tensor) -> Tensor:  # (n, h, G * C, D) to (n * G, h, C, D)
+        return x[:, :, prefix:].unflatten(2, (groups, width)).transpose(1, 2).flatten(0, 1)
 
-    def with_prefix(x: Tensor) -> Tensor:  # (G, K, prefix + C, D)
-        return torch.cat([x[:, :, :prefix].expand(groups, -1, -1, -1), completions(x)], 2)
+    def with_prefix(x: Tensor) -> Tensor:  # (n * G, K, prefix + C, D)
+        repeated = x[:, None, :, :prefix].expand(-1, groups, -1, -1, -1).flatten(0, 1)
+        return torch.cat([repeated, completions(x)], 2)
 
     parts = []
     if prefix:
@@ -180,8 +189,10 @@ def packed_attention(
     mask = packed.suffix
     if mask is None:
         mask = torch.ones(width, prefix + width, dtype=torch.bool, device=query.device).tril(prefix)
+    elif len(mask) > 1:
+        mask = mask.repeat_interleave(groups, 0)
     suffix = _attend(completions(query), with_prefix(key), with_prefix(value), mask, **options)
-    parts.append(suffix.transpose(0, 1).flatten(1, 2)[None])
+    parts.append(suffix.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3))
     return torch.cat(parts, 2)
 
 

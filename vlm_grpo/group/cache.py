@@ -80,9 +80,7 @@ class SharedLayer(DynamicLayer):
         return out.reshape(rows, 1, heads, -1)
 
 
-def share(
-    cache: Any, index: Any, generations: int | None, room: int, padding: Tensor, whole: tuple[int, ...]
-) -> Any:
+def share(cache: Any, index: Any, generations: int | None, room: int, padding: Tensor, whole: tuple[int, ...]) -> Any:
     """A cache filled by prompts, for rows that continue them.
 
     Args:

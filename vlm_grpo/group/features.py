@@ -51,8 +51,12 @@ class Features:
         return tuple(
             path
             for path in self.family.encoders
-            if towers.get("audio" if "audio" in path else "vision", True) and towers.get("projector", True)
+            if towers.get("audio" if "audio" in path else "vision", False) and towers.get("projector", True)
         )
+
+    def keeps(self, encoded: EncodedPrompt) -> bool:
+        """Whether any medium of a prompt is encoded by a frozen tower."""
+        return any(("audio" if "audio" in path else "vision") in encoded.senses for path in self.frozen())
 
     @contextmanager
     def of(self, encodings: list[EncodedPrompt]) -> Iterator[None]:
@@ -108,11 +112,11 @@ class Features:
             encodings: the prompts.
             inputs_of: the model's arguments for the prompt of this number.
         """
-        if len(encodings) < 2 or not self.frozen():
+        if len(encodings) < 2:
             return
         first = self.model.get_decoder().layers[0]
         for number, encoded in enumerate(encodings):
-            if encoded.media and encoded not in self.known:
+            if encoded not in self.known and self.keeps(encoded):
                 handle = first.register_forward_pre_hook(_stop)
                 try:
                     with torch.no_grad(), self.of([encoded]):

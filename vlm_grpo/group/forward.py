@@ -1,4 +1,4 @@
-"""Log-probabilities of a group from one packed row."""
+"""Log-probabilities of groups from packed rows."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..collate import collate
 from ..encode import EncodedPrompt
@@ -35,41 +36,56 @@ class Scorer:
     autocast: Callable[[], AbstractContextManager]
     fused: bool = False
 
-    def group(self, encoded: EncodedPrompt, completions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (G, T) and entropies (G, T) of the completions of one prompt, 0 where ``mask`` is.
+    def groups(self, encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and entropies (n, G, T) of the completions of n prompts, 0 where ``mask`` is.
 
         Args:
-            encoded: the prompt.
-            completions: (G, T) token ids.
-            mask: (G, T), 1 at real tokens.
+            encodings: the n prompts.
+            completions: (n, G, T) token ids.
+            mask: (n, G, T), 1 at real tokens.
 
         Raises:
-            Unshareable: the prompt attends to its completions.
+            Unshareable: a prompt attends to its completions.
         """
-        prompt = torch.tensor(encoded.input_ids, device=completions.device)
-        real = mask.any(0).nonzero()
+        real = mask.flatten(0, 1).any(0).nonzero()
         width = int(real[-1]) + 1 if len(real) else 1  # what follows belongs to longer rows of other groups
-        layout = Layout(len(prompt) - 1, len(completions), width)
-        inputs = self._inputs(encoded, prompt, completions, layout)
-        labels = completions.masked_fill(mask == 0, -100)[:, :width].reshape(1, -1)
-        labels = torch.cat([labels.new_full((1, layout.prefix), -100), labels], 1)
-        with self.features.of([encoded]), packing(layout, self.fused), self.autocast():
+        layout = Layout(max(len(e.input_ids) for e in encodings) - 1, completions.shape[1], width)
+        inputs = self._inputs(encodings, completions, layout)
+        labels = completions.masked_fill(mask == 0, -100)[..., :width].flatten(1)
+        labels = torch.cat([labels.new_full((len(labels), layout.prefix), -100), labels], 1)
+        with self.features.of(encodings), packing(layout, self.fused), self.autocast():
             out = self.model(**inputs, shift_labels=labels, fused_lm_head=True)
-        rest = (0, completions.shape[1] - width)
-        logps = torch.nn.functional.pad(layout.unpack(out.log_probs), rest)
-        return logps, None if out.entropy is None else torch.nn.functional.pad(layout.unpack(out.entropy), rest)
+        rest = (0, completions.shape[-1] - width)
+        logps = pad(layout.unpack(out.log_probs), rest)
+        return logps, None if out.entropy is None else pad(layout.unpack(out.entropy), rest)
 
-    def _inputs(self, encoded: EncodedPrompt, prompt: Tensor, completions: Tensor, layout: Layout) -> dict[str, Any]:
+    def encode(self, encodings: list[EncodedPrompt], device: Any) -> None:
+        """Encode the media of prompts that share a forward, where their towers are frozen."""
+        self.features.encode(
+            encodings, lambda row: {"input_ids": _padded([encodings[row]], device)[0], **collate([encodings[row]])}
+        )
+
+    def _inputs(self, encodings: list[EncodedPrompt], completions: Tensor, layout: Layout) -> dict[str, Any]:
+        prompts, real = _padded(encodings, completions.device)
         extra = layout.width - 1
-        logical = torch.cat([prompt, completions[0, :extra]])[None]
-        inputs = collate([encoded], extra=[extra], device=prompt.device)
-        places = positions(self.plain, logical, torch.ones_like(logical), inputs)
-        ids = layout.pack(prompt, completions)
-        packed: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        packed |= {name: layout.repeat(inputs[name]) for name in encoded.tokens}
+        logical = torch.cat([prompts, completions[:, 0, :extra]], 1)
+        seen = torch.cat([real, real.new_ones(len(real), extra)], 1)
+        inputs = collate(encodings, logical.shape[1], [extra] * len(encodings), prompts.device)
+        places = positions(self.plain, logical, seen, inputs)
+        tokens = dict.fromkeys(name for encoded in encodings for name in encoded.tokens)
+        packed: dict[str, Any] = {name: layout.repeat(inputs[name]) for name in tokens}
+        packed |= {"input_ids": layout.pack(prompts, completions), "attention_mask": layout.repeat(seen)}
         if places is not None:
             packed["position_ids"] = layout.repeat(places, -1)
         masks = prepared_masks(self.plain, layout, self.fused)
         if masks is not None:
             packed["attention_mask"] = masks
         return {**inputs, **packed}
+
+
+def _padded(encodings: list[EncodedPrompt], device: Any) -> tuple[Tensor, Tensor]:
+    """Prompts (n, L) left-padded, and 1 at their tokens. The id of the padding is never looked at."""
+    width = max(len(encoded.input_ids) for encoded in encodings)
+    ids = [[0] * (width - len(encoded.input_ids)) + list(encoded.input_ids) for encoded in encodings]
+    real = [[0] * (width - len(encoded.input_ids)) + [1] * len(encoded.input_ids) for encoded in encodings]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)

@@ -1,5 +1,7 @@
 """Groups without a gradient: their backward pass is skipped, and leaves the zeros that it would have left."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +9,15 @@ from torch import Tensor
 
 from ..encode import EncodedPrompt
 from ..models.families import Family, tower_of
+
+
+@contextmanager
+def without_gradient(device: torch.device) -> Iterator[None]:
+    """For a forward that is not there without sharing: what it draws (some towers draw for layers that they might skip)
+    leaves the samples of the next step as they are."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        yield
 
 
 class _Zero(torch.autograd.Function):

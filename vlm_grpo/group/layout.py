@@ -1,4 +1,4 @@
-"""The packed row of a group: the prompt once, then every completion behind it.
+"""The packed row of a group: the prompt once, then every completion behind it. Rows of several groups make a batch.
 
 A row holds ``prompt[:-1] | (last prompt token + completion[:-1]) x G``. The last prompt token stands in front of every
 completion, so that each position has exactly one label. Token, position and mask of a place are those that it would
@@ -43,14 +43,15 @@ class Layout:
         prefix, suffix = row.split([self.prefix, self.width], dim)
         return torch.cat([prefix, *[suffix] * self.suffixes], dim)
 
-    def pack(self, prompt: Tensor, completions: Tensor) -> Tensor:
-        """Ids (L,) and (G, C) to the row (1, length)."""
-        suffixes = torch.cat([prompt[-1:].expand(self.suffixes, 1), completions[:, : self.width - 1]], 1)
-        return torch.cat([prompt[:-1], suffixes.reshape(-1)])[None]
+    def pack(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Ids of n groups, prompts (n, prefix + 1) left-padded and completions (n, G, T), to rows (n, length)."""
+        last = prompts[:, None, -1:].expand(-1, self.suffixes, -1)
+        suffixes = torch.cat([last, completions[..., : self.width - 1]], -1)
+        return torch.cat([prompts[:, :-1], suffixes.flatten(1)], 1)
 
-    def unpack(self, row: Tensor) -> Tensor:
-        """What belongs to the completions: (1, length) to (G, C)."""
-        return row[0, self.prefix :].view(self.suffixes, self.width)
+    def unpack(self, rows: Tensor) -> Tensor:
+        """What belongs to the completions: (n, length) to (n, G, C)."""
+        return rows[:, self.prefix :].unflatten(1, (self.suffixes, self.width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +60,8 @@ class Packed:
 
     Attributes:
         layout: the row's sizes.
-        prompt: the model's own mask over the prefix (1, heads or 1, prefix, prefix), or None where it is causal.
-        suffix: the mask of one completion (1, heads or 1, C, prefix + C), or None likewise.
+        prompt: the model's own mask over the prefix (n, heads or 1, prefix, prefix), or None where it is causal.
+        suffix: the mask of one completion (n, heads or 1, C, prefix + C), or None likewise.
         fused: compute its attention by FlexAttention.
     """
 
@@ -71,11 +72,11 @@ class Packed:
 
     @classmethod
     def of(cls, layout: Layout, mask_of: Callable[[int], Tensor | None], fused: bool = False) -> "Packed":
-        """Cut from the model's own mask over one logical row.
+        """Cut from the model's own mask over logical rows.
 
         Args:
-            layout: the row's sizes.
-            mask_of: the boolean mask (1, heads or 1, n, n) of a row of n tokens, or None where it is causal.
+            layout: the rows' sizes.
+            mask_of: the boolean mask (n, heads or 1, L, L) of rows of L tokens, or None where it is causal.
             fused: compute its attention by FlexAttention.
 
         Raises:

@@ -87,6 +87,11 @@ def install_mixers(model: Any) -> None:
         wrap_method(mixers[number], "forward", _forward)
 
 
+def has_mixers(model: Any) -> bool:
+    """Whether a model has such layers."""
+    return bool(_kinds_with_state(model.config.get_text_config()))
+
+
 def _kinds_with_state(text: Any) -> set[str]:
     """The types of layers that transformers keeps a state for, and makes a mask for."""
     kinds = set(getattr(text, "layer_types", None) or ()) & set(LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)

@@ -1,8 +1,8 @@
 """What the trainer asks for: shared work where it is exact, checked on first use, with a count of what it saves."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from transformers import GenerationConfig
 
 from ..encode import EncodedPrompt
 from ..errors import SharingError
-from ..models.families import Family
+from ..models.families import Family, together
 from .attention import install
 from .features import Features
 from .forward import Scorer
-from .idle import zero_gradients
-from .mixers import install_mixers
+from .idle import without_gradient, zero_gradients
+from .mixers import has_mixers, install_mixers
 from .reasons import Unshareable, reason_against
 from .rollout import Prompts, generate, generation_reason
 
@@ -122,8 +122,9 @@ class GroupSharing:
         encodings: list[EncodedPrompt],
         idle: list[bool],
         plain: Callable[[Any, list[int]], Tensor],
+        batch_size: int,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Log-probabilities and entropies (B, T) in nats, one forward a group; None where sharing turns out inexact.
+        """Log-probabilities and entropies (B, T) in nats, of each prompt once; None where sharing turns out inexact.
 
         Args:
             model: the trainer's model, wrapped as it may be.
@@ -132,6 +133,7 @@ class GroupSharing:
             encodings: one per row; the rows of a group hold one object.
             idle: per row, whether its gradient is known to be zero.
             plain: log-probabilities (len(rows), T) of some rows of this batch without sharing, for the check.
+            batch_size: rows of a forward at most, of groups that are not larger themselves.
         """
         own = plain_model(model)
         features = self._features[id(own)]
@@ -139,49 +141,69 @@ class GroupSharing:
         logps = torch.zeros(completions.shape, device=completions.device)
         entropies = torch.zeros_like(logps)
         skipped: list[EncodedPrompt] = []
-        for rows in groups_of(encodings):
-            index = torch.tensor(rows, device=completions.device)
-            encoded, ids, real = encodings[rows[0]], completions[index], mask[index]
-            skip = torch.is_grad_enabled() and all(idle[row] for row in rows)
+        for groups in self._forwards(own, encodings, idle, batch_size):
+            index = torch.tensor(groups, device=completions.device)  # (n, G)
+            prompts = [encodings[rows[0]] for rows in groups]
+            skip = torch.is_grad_enabled() and idle[groups[0][0]]
             before = features.encodes
             try:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not skip):
-                    out, entropy = scorer.group(encoded, ids, real)
-                self._check(own, encoded, out, rows, real, plain)
+                scorer.encode(prompts, completions.device)
+                with without_gradient(completions.device) if skip else nullcontext():
+                    out, entropy = scorer.groups(prompts, completions[index], mask[index])
+                self._check(own, prompts, out, groups, mask[index], plain)
             except Unshareable as error:
                 self.refuse(str(error))
                 return None
-            self._count(encoded, len(rows), features.encodes - before if features.frozen() else 1)
-            skipped += [encoded] * skip
-            logps = logps.index_copy(0, index, out.to(logps.dtype))
+            self._count(prompts, len(groups[0]), features.encodes - before if features.frozen() else len(prompts))
+            skipped += prompts if skip else []
+            logps = logps.index_copy(0, index.flatten(), out.flatten(0, 1).to(logps.dtype))
             if entropy is not None:
-                entropies = entropies.index_copy(0, index, entropy.to(logps.dtype))
+                entropies = entropies.index_copy(0, index.flatten(), entropy.flatten(0, 1).to(logps.dtype))
         if skipped:
             logps = logps + zero_gradients(own, self.family, skipped)
         return logps, entropies
 
-    def _count(self, encoded: EncodedPrompt, rows: int, encodes: int) -> None:
-        self.saved["prompt_tokens"] += (rows - 1) * (len(encoded.input_ids) - 1)
-        self.saved["encodes"] += max(0, rows - encodes) if encoded.media else 0
+    def _forwards(
+        self, model: Any, encodings: list[EncodedPrompt], idle: list[bool], batch_size: int
+    ) -> Iterator[list[list[int]]]:
+        """The groups of each forward, of equal size each, in rows of the batch."""
+        alone = self.fused or has_mixers(model)  # which know one row at a time
+        kinds: dict[tuple, list[list[int]]] = {}
+        for rows in groups_of(encodings):
+            skip = all(idle[row] for row in rows)
+            kinds.setdefault((len(rows), skip), []).append(rows)
+        for (size, _), groups in kinds.items():
+            most = 1 if alone else max(1, batch_size // size)
+            for start in range(0, len(groups), most):
+                some = groups[start : start + most]
+                for numbers in together(self.family, [encodings[rows[0]] for rows in some]):
+                    yield [some[number] for number in numbers]
+
+    def _count(self, prompts: list[EncodedPrompt], rows: int, encodes: int) -> None:
+        self.saved["prompt_tokens"] += sum((rows - 1) * (len(encoded.input_ids) - 1) for encoded in prompts)
+        media = sum(rows for encoded in prompts if encoded.media)
+        self.saved["encodes"] += max(0, media - encodes) if media else 0
 
     def _check(
         self,
         model: Any,
-        encoded: EncodedPrompt,
+        prompts: list[EncodedPrompt],
         logps: Tensor,
-        rows: list[int],
+        groups: list[list[int]],
         mask: Tensor,
         plain: Callable[[Any, list[int]], Tensor],
     ) -> None:
         """On the first prompt of each kind: the same as its rows without sharing."""
-        kind = (id(model), len(rows) > 1, *sorted(encoded.media))
-        if kind in self._checked or not bool(mask.any()):
-            return
-        few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
-        with torch.no_grad():
-            expected = plain(model, [rows[place] for place in few])
-        self._compare("log-probabilities", (logps.detach()[few] - expected).abs() * mask[few], model)
-        self._checked.add(kind)
+        for number, (encoded, rows) in enumerate(zip(prompts, groups, strict=True)):
+            kind = (id(model), len(rows) > 1, *sorted(encoded.media))
+            if kind in self._checked or not bool(mask[number].any()):
+                continue
+            few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
+            with without_gradient(logps.device):
+                expected = plain(model, [rows[place] for place in few])
+            found = logps[number].detach()[few]
+            self._compare("log-probabilities", (found - expected).abs() * mask[number][few], model)
+            self._checked.add(kind)
 
     def _compare(self, what: str, difference: Tensor, model: Any) -> None:
         low = torch.is_autocast_enabled(difference.device.type) or self._is_16_bit(model)
@@ -225,7 +247,8 @@ class GroupSharing:
         before = features.encodes
         try:
             features.encode(prompts.encodings, lambda row: prompts.inputs(pad, device, [row]))
-            self._check_generation(own, features, prompts, config, pad, device)
+            with without_gradient(own.device):
+                self._check_generation(own, features, prompts, config, pad, device)
             rows, inputs = torch.tensor(index, device=device), prompts.inputs(pad, device)
             with features.of(prompts.encodings):
                 out = generate(own, features, inputs, prompts.tokens, rows, config, model.generate)
