@@ -91,6 +91,42 @@ def test_video_sound_and_text_killed_and_continued(workplace: Path):  # covers O
     assert seen == {".mp4", ".wav"}
 
 
+def test_shared_groups_with_videos_killed_and_continued_between_two_uses(workplace: Path):  # covers O1 Q10
+    """Sharing demanded, media encoded once, a rollout used twice and taken up again in the middle."""
+    options = (
+        *("--group_sharing", "true", "--num_iterations", "2", "--max-steps", "3", "--save_steps", "1"),
+        *("--lora.vision", "false", "--num_generations", "4"),
+    )
+    called(0, *TRAIN, *options, "--output", "whole")
+    cut = workplace / "cut"
+    process = started(workplace, *TRAIN, *options, "--output", "cut")
+    while process.poll() is None and not (cut / "checkpoint-1" / "manifest.json").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (cut / "result.json").exists()
+    _, error = called(0, *TRAIN, *options, "--output", "cut")
+    assert "Continuing from" in error
+
+    def same(folder: Path) -> list[dict]:
+        """What was encoded before the interruption is encoded again after it; nothing else differs."""
+        return [{k: v for k, v in r.items() if k != "group/encodes_saved"} for r in without_time(folder)]
+
+    assert same(cut) == same(workplace / "whole")
+    name = "adapter_model.safetensors"
+    assert (cut / name).read_bytes() == (workplace / "whole" / name).read_bytes()
+    plain = (*options, "--group_sharing", "false", "--output", "plain")
+    called(0, *TRAIN, *plain)
+    for shared, alone in zip(
+        jsonl(workplace / "whole" / "metrics.jsonl"), jsonl(workplace / "plain" / "metrics.jsonl")
+    ):
+        assert shared.get("reward") == alone.get("reward"), "the same samples"
+        for figure in ("loss", "kl", "grad_norm"):
+            assert shared[figure] == pytest.approx(alone[figure], rel=1e-3, abs=1e-5), figure
+        assert shared["group/prompt_tokens_saved"] > 100 and alone["group/prompt_tokens_saved"] == 0
+        assert shared["seconds/update"] > 0
+
+
 def bad_media(folder: Path) -> dict[str, tuple[dict, str]]:
     """Eight kinds: the row, and what is said of it."""
     whole = mediafiles.encoded(tiny.image(1, (200, 200)), "JPEG")

@@ -6,39 +6,43 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import recorder
 import tiny
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_exact import rows, table
 
 from vlm_grpo import LoraOptions, VLMGRPOTrainer
-from vlm_grpo.errors import ConfigError
+from vlm_grpo.errors import ConfigError, SharingError, UnsupportedError
+from vlm_grpo.group import GroupSharing
 from vlm_grpo.group.reasons import Unshareable
 from vlm_grpo.models.families import family_of, lora_targets
+from vlm_grpo.trainer import _check_processes
 
 WORLD = 2
-PATIENCE = 100  # seconds: processes that wait for each other are a failure
+PATIENCE = 60  # seconds, and as many for four runs: processes that wait for each other are a failure
 MIXED = rows("mixed") + rows("sizes")  # a picture, none, two pictures, none, and then one each
 ONE_SIDED = [MIXED[i] for i in (0, 2, 1, 3)]  # with two prompts a process, the second process sees no picture
-PRINTED_WITHOUT_END = range(20, 100)  # ids of words
+WORDS = range(20, 100)  # ids, none of which ends a completion or stands for a medium
+
+VISION_IN_CHECKPOINTS = {"vision": True, "gradient_checkpointing": True}
 
 # Rows a process and micro-batch, completions a prompt, micro-batches a step, and the options that matter.
 QUICK: dict[str, dict[str, Any]] = {
     "half a group": {"batch": 2, "generations": 4, "steps": 1, "beta": 0.1},
-    "a group": {"batch": 2, "generations": 2, "vision": True, "gradient_checkpointing": True},
-    "two groups, and one process falls back": {"batch": 4, "generations": 2, "vision": True, "falls_back": 1},
-    "pictures on one process": {"batch": 2, "generations": 2, "vision": True, "data": ONE_SIDED},
+    "a group each and pictures for one": {"batch": 2, "generations": 2, "data": ONE_SIDED, **VISION_IN_CHECKPOINTS},
+    "two groups and one falls back": {"batch": 4, "generations": 2, "vision": True, "falls_back": 1},
 }
 SLOW: dict[str, dict[str, Any]] = {
     "two groups": {"batch": 4, "generations": 2, "gradient_checkpointing": True, "beta": 0.1},
-    "two groups, one a forward": {"batch": 4, "generations": 2, "vision": True, "family": "qwen3_5"},
-    "parts that meet by chance": {"batch": 6, "generations": 4, "vision": True, "steps": 4},
+    "two groups in forwards of their own": {"batch": 4, "generations": 2, "vision": True, "family": "qwen3_5"},
+    "parts that meet by chance": {"batch": 6, "generations": 4, "vision": True},
     "without adapters": {"batch": 4, "generations": 2, "adapters": False, "beta": 0.1, "num_iterations": 2},
     "AdamW": {"batch": 2, "generations": 2, "vision": True, "optim": "adamw_torch", "learning_rate": 1e-3},
     "rows that need forwards of their own": {"batch": 4, "generations": 2, "family": "mllama", "vision": True},
@@ -55,7 +59,7 @@ class Scripted(VLMGRPOTrainer):
 
     def _completion(self, number: int, ids: list[int]) -> list[int]:
         draw = random.Random(f"{self.state.global_step} {number} {ids}")
-        return [draw.choice(PRINTED_WITHOUT_END) for _ in range(draw.randint(2, 6))]
+        return [draw.choice(WORDS) for _ in range(draw.randint(2, 6))]
 
 
 def adapted(model: Any, vision: bool) -> Any:
@@ -131,9 +135,9 @@ def spawned(jobs: list[tuple[str, bool]], folder: Path) -> list[subprocess.Popen
     return out
 
 
-def finished(processes: list[subprocess.Popen], folder: Path) -> None:
+def finished(processes: list[subprocess.Popen], folder: Path, seconds: float) -> None:
     """Wait for all of them; the first failure, or too long a wait, ends the others."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         if any(process.poll() for process in processes):
             break
@@ -159,7 +163,7 @@ def check(cases: dict[str, dict[str, Any]], sharings: tuple[bool, ...], folder: 
     try:
         one = {job: run(1, job[1], folder / "one", **cases[job[0]]) for job in jobs}
     finally:
-        finished(processes, folder)
+        finished(processes, folder, PATIENCE * (1 + len(jobs) / 4))
     for (name, sharing), expected in one.items():
         found = [torch.load(folder / f"{name}-{sharing}-{rank}.pt") for rank in range(WORLD)]
         assert all(torch.equal(found[0]["update"][n], found[1]["update"][n]) for n in expected["update"])
@@ -171,8 +175,7 @@ def check(cases: dict[str, dict[str, Any]], sharings: tuple[bool, ...], folder: 
         moved = {n: p + found[0]["update"][n] for n, p in expected["before"].items()}
         due = {n: p + expected["update"][n] for n, p in expected["before"].items()}
         assert distance(moved, due) <= 1e-5, name
-        saved = [of_rank["saved"] > 0 for of_rank in found]
-        assert saved == [sharing and rank != cases[name].get("falls_back") for rank in range(WORLD)]
+        assert [result["saved"] > 0 for result in found] == [sharing] * WORLD
 
 
 def test_group_two_processes(tmp_path, largest):
@@ -188,6 +191,32 @@ def test_group_two_processes_more(tmp_path, largest):
 @pytest.mark.slow
 def test_group_two_processes_without_sharing(tmp_path, largest):
     check(QUICK, (False,), tmp_path, largest)
+
+
+@pytest.mark.parametrize(("split", "sharing"), [(True, "auto"), (True, True), (False, True)])
+def test_group_what_processes_cannot_do(split, sharing):
+    """FSDP and DeepSpeed take part in every forward; DDP looks for unused parameters in the graph of the forward."""
+    model, _ = tiny.build("qwen2_5_vl")
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    args = SimpleNamespace(world_size=WORLD, ddp_find_unused_parameters=True, **checkpointing)
+    shared = GroupSharing(family_of(model.config), sharing, (), nullcontext)
+    trainer: Any = SimpleNamespace(
+        model=model, args=args, sharing=shared, is_fsdp_enabled=split, is_deepspeed_enabled=False
+    )
+    if not split:
+        with pytest.raises(ConfigError, match="reentrant.*Set use_reentrant to False"):
+            _check_processes(trainer)
+        args.ddp_find_unused_parameters = False
+        _check_processes(trainer)
+    elif sharing is True:
+        with pytest.raises(SharingError, match="FSDP and DeepSpeed"):
+            _check_processes(trainer)
+    else:
+        _check_processes(trainer)
+        assert shared.off
+        trainer.model, _ = tiny.build("mllama")
+        with pytest.raises(UnsupportedError, match="Train it with DDP, or with one process"):
+            _check_processes(trainer)
 
 
 if __name__ == "__main__":

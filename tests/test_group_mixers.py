@@ -76,7 +76,7 @@ def together(model: Any, encoded: EncodedPrompt, completions: Tensor, sharing: G
     def plain(own: Any, few: list[int]) -> Tensor:
         return apart(own, encoded, completions[few])
 
-    out = sharing.logps(model, completions, torch.ones_like(completions), rows, [False] * len(rows), plain)
+    out = sharing.logps(model, completions, torch.ones_like(completions), rows, [False] * len(rows), plain, len(rows))
     return None if out is None else out[0]
 
 

@@ -472,6 +472,9 @@ def test_reasons_against_sharing():
     model[1].p = 0.0
     model[0].attention_dropout = 0.5
     assert (reason_against(model, False) or "").startswith("0 has dropout 0.5")
+    model[0].attention_dropout = 0.0
+    model[0].layerdrop = 0.1
+    assert reason_against(model, False) == "0 drops layers with a chance of 0.1, drawn anew for every completion"
 
 
 # ---- sharing ---------------------------------------------------------------------------------------------------------

@@ -484,7 +484,7 @@ def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
 def _check_processes(trainer: VLMGRPOTrainer) -> None:
     """What several processes cannot do: FSDP and DeepSpeed exchange weights or gradients during every forward."""
     args, processes = trainer.args, trainer.args.world_size
-    family = family_of(trainer.model.config)
+    family, checkpoints = family_of(trainer.model.config), args.gradient_checkpointing_kwargs or {}
     if processes == 1:
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -495,10 +495,8 @@ def _check_processes(trainer: VLMGRPOTrainer) -> None:
             )
         if not trainer.sharing.off:
             trainer.sharing.refuse(f"under FSDP and DeepSpeed all {processes} processes must run as many forwards")
-    elif args.ddp_find_unused_parameters and args.gradient_checkpointing:
-        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ConfigError(
-                f"gradient_checkpointing_kwargs={args.gradient_checkpointing_kwargs}: with {processes} processes and "
-                "ddp_find_unused_parameters=True, DDP cannot see into reentrant checkpoints. Set use_reentrant to "
-                "False."
-            )
+    elif args.ddp_find_unused_parameters and args.gradient_checkpointing and checkpoints.get("use_reentrant"):
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs={checkpoints}: with {processes} processes and "
+            "ddp_find_unused_parameters=True, DDP cannot see into reentrant checkpoints. Set use_reentrant to False."
+        )

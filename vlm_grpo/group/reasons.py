@@ -19,13 +19,17 @@ def reason_against(model: Any, aux_loss: bool) -> str | None:
     if aux_loss:
         return "the router's auxiliary loss counts the prompt's tokens once per completion"
     for name, module in model.named_modules():
-        dropout = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else _attention_dropout(module)
+        dropout = (
+            module.p if isinstance(module, nn.modules.dropout._DropoutNd) else _chance(module, "attention_dropout")
+        )
         if dropout > 0:
             return f"{name} has dropout {dropout}, drawn anew for every completion (set disable_dropout)"
+        if (chance := _chance(module, "layerdrop")) > 0:
+            return f"{name} drops layers with a chance of {chance}, drawn anew for every completion"
     return None
 
 
-def _attention_dropout(module: nn.Module) -> float:
-    """Of a module that draws it within its attention, where no layer of its own would show it."""
-    value = getattr(module, "attention_dropout", 0.0)
+def _chance(module: Any, name: str) -> float:
+    """Of a module that draws within its forward, where no layer of its own would show it."""
+    value = getattr(module, name, 0.0)
     return float(value) if isinstance(value, (int, float)) else 0.0
