@@ -81,11 +81,20 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
         VLMGRPOConfig(fp16=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 8), ({"num_generations": 3}, 3), ({"num_generations": 4, "per_device_train_batch_size": 8}, 8)],
+)
+def test_a_micro_batch_is_a_whole_group_unless_said_otherwise(options: dict[str, Any], expected: int):
+    assert VLMGRPOConfig("out", **options).per_device_train_batch_size == expected
+
+
 def test_defaults_are_trls_but_for_ours():
     theirs = {option.name: _default(option) for option in dataclasses.fields(own_grpo_config())}
     ours = {option.name: _default(option) for option in dataclasses.fields(VLMGRPOConfig)}
     assert {name: ours[name] for name in ours if name not in theirs or ours[name] != theirs[name]} == {
         "disable_dropout": True,
+        "per_device_train_batch_size": None,
         "gradient_check": True,
         "gradient_report": False,
         "flow_check": True,
@@ -143,8 +152,16 @@ def test_none_means_the_defaults_and_anything_else_is_refused():
     ("options", "kind", "expected"),
     [
         ({"num_generations": 1}, ConfigError, "num_generations=1: GRPO compares"),
-        ({"num_generations": 3}, ConfigError, "num_generations=3 does not divide the 8 completions"),
-        ({"generation_batch_size": 12, "num_generations": 4}, ConfigError, "must be divisible by the global batch"),
+        (
+            {"num_generations": 3, "per_device_train_batch_size": 8},
+            ConfigError,
+            "num_generations=3 does not divide the 8 completions",
+        ),
+        (
+            {"generation_batch_size": 12, "per_device_train_batch_size": 8},
+            ConfigError,
+            "must be divisible by the global batch",
+        ),
         ({"use_vllm": True}, UnsupportedError, "use_vllm=True is not available here"),
         ({"use_transformers_continuous_batching": True}, UnsupportedError, "it does not carry images"),
         ({"use_transformers_paged": True}, UnsupportedError, "it does not carry images"),

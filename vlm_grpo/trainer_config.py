@@ -54,6 +54,13 @@ class VLMGRPOConfig(GRPOConfig):
         metadata={"help": "Log at every step, per tower, how many trained parameters received a gradient."},
     )
 
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Completions a process takes in one forward and backward pass. Default: num_generations, one whole "
+            "group. Whole groups, or an equal part of one, share the work of their prompt."
+        },
+    )
     flow_check: bool = field(
         default=True,
         metadata={
@@ -86,6 +93,8 @@ class VLMGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = self.num_generations or 8  # TRL's own
         _refuse_unsupported(self)
         _check_choices(self)
         check_ranges(self)
