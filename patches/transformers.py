@@ -27,6 +27,23 @@ def answered_by(owner: Any, name: str, answer: Callable[..., Any]) -> Iterator[N
             owner.__dict__[name] = before
 
 
+def quiet_layerdrop(model: Any) -> None:
+    """Encoders of the Whisper kind draw a number for each layer, also where none is ever dropped: now they do not.
+
+    The tokens sampled afterwards would depend on how often media are encoded.
+    """
+    for module in model.modules():
+        # Its layers stay in training, as checkpointing asks.
+        if getattr(module, "layerdrop", None) == 0.0 and not getattr(module, "dropout", 0.0):
+            wrap_method(module, "train", _in_evaluation)
+
+
+def _in_evaluation(train: Callable[..., Any], module: Any, mode: bool = True) -> Any:
+    train(mode)
+    module.training = False
+    return module
+
+
 class _Wrapped:
     """A method of one instance within a wrapper. A deep copy of the instance has one of its own, bound to the copy."""
 

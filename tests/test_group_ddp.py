@@ -37,7 +37,8 @@ VISION_IN_CHECKPOINTS = {"vision": True, "gradient_checkpointing": True}
 QUICK: dict[str, dict[str, Any]] = {
     "half a group": {"batch": 2, "generations": 4, "steps": 1, "beta": 0.1},
     "a group each and pictures for one": {"batch": 2, "generations": 2, "data": ONE_SIDED, **VISION_IN_CHECKPOINTS},
-    "two groups and one falls back": {"batch": 4, "generations": 2, "vision": True, "falls_back": 1},
+    # Two forwards on the first process, the later one without pictures, and one on the second.
+    "one and a half but one falls back": {"batch": 6, "generations": 4, "steps": 1, "vision": True, "falls_back": 1},
 }
 SLOW: dict[str, dict[str, Any]] = {
     "two groups": {"batch": 4, "generations": 2, "gradient_checkpointing": True, "beta": 0.1},

@@ -36,6 +36,7 @@ from .flow import FlowCheck
 from .group import GroupSharing, SharingReport, advice, from_units, to_units, unique, unit_of, up_to_end
 from .intake import Intake
 from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together, tower_of
+from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, add_fused_head, own_grpo_trainer
 from .quantized import is_quantized, trainable_data, undo_bf16_adapters
 from .scoring import Encodings, as_one_forward, forwards
@@ -147,6 +148,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if is_quantized(self.model):
             undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
+        quiet_layerdrop(self.accelerator.unwrap_model(self.model))
         self._suppress_placeholders()
         self._end_at_any_eos()
         self._share_groups()

@@ -114,17 +114,22 @@ class Features:
         """
         if len(encodings) < 2:
             return
-        first = self.model.get_decoder().layers[0]
         for number, encoded in enumerate(encodings):
             if encoded not in self.known and self.keeps(encoded):
-                handle = first.register_forward_pre_hook(_stop)
-                try:
-                    with torch.no_grad(), self.of([encoded]):
-                        self.model(**inputs_of(number), use_cache=False)
-                except _Reached:
-                    self.known.setdefault(encoded, {})
-                finally:
-                    handle.remove()
+                with torch.no_grad(), self.of([encoded]), self.up_to_first_layer():
+                    self.model(**inputs_of(number), use_cache=False)
+                self.known.setdefault(encoded, {})
+
+    @contextmanager
+    def up_to_first_layer(self) -> Iterator[None]:
+        """Within it, a forward ends where media are encoded and masks are made, and so does the ``with``."""
+        handle = self.model.get_decoder().layers[0].register_forward_pre_hook(_stop)
+        try:
+            yield
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
 
 
 def _stop(module: Any, args: Any) -> None:

@@ -25,7 +25,7 @@ from .rollout import Prompts, generate, generation_reason
 _LOG = logging.getLogger("vlm_grpo")
 # The largest difference of a log-probability or logit that rounding explains.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 5e-2
-_CHECKED_TOKENS = 3
+_CHECKED_TOKENS, _CHECKED_PROMPTS = 3, 2  # the second prompt shows what is left of the first
 
 
 class GroupSharing:
@@ -55,7 +55,7 @@ class GroupSharing:
         self.off_in_generation = False
         self.saved = {"prompt_tokens": 0, "encodes": 0}
         self._features: dict[int, Features] = {}
-        self._checked: set[tuple] = set()
+        self._checked: dict[tuple, list[int]] = {}
         self._said: set[str] = set()
 
     # ---- where it is exact --------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class GroupSharing:
         for groups in self._forwards(own, encodings, idle, batch_size):
             index = torch.tensor(groups, device=completions.device)  # (n, G)
             prompts = [encodings[rows[0]] for rows in groups]
-            skip = torch.is_grad_enabled() and idle[groups[0][0]]
+            skip = torch.is_grad_enabled() and all(idle[row] for row in groups[0])
             before = features.encodes
             try:
                 scorer.encode(prompts, completions.device)
@@ -154,7 +154,7 @@ class GroupSharing:
             except Unshareable as error:
                 self.refuse(str(error))
                 return None
-            self._count(prompts, len(groups[0]), features.encodes - before if features.frozen() else len(prompts))
+            self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
             skipped += prompts if skip else []
             logps = logps.index_copy(0, index.flatten(), out.flatten(0, 1).to(logps.dtype))
             if entropy is not None:
@@ -193,24 +193,24 @@ class GroupSharing:
         mask: Tensor,
         plain: Callable[[Any, list[int]], Tensor],
     ) -> None:
-        """On the first prompt of each kind: the same as its rows without sharing."""
+        """On the first prompts of each kind: the same as their rows without sharing."""
         for number, (encoded, rows) in enumerate(zip(prompts, groups, strict=True)):
-            kind = (id(model), len(rows) > 1, *sorted(encoded.media))
-            if kind in self._checked or not bool(mask[number].any()):
+            checked = self._checked.setdefault((id(model), len(rows) > 1, *sorted(encoded.media)), [])
+            if id(encoded) in checked or len(checked) == _CHECKED_PROMPTS or not bool(mask[number].any()):
                 continue
             few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
             with without_gradient(logps.device):
                 expected = plain(model, [rows[place] for place in few])
             found = logps[number].detach()[few]
             self._compare("log-probabilities", (found - expected).abs() * mask[number][few], model)
-            self._checked.add(kind)
+            checked.append(id(encoded))
 
     def _compare(self, what: str, difference: Tensor, model: Any) -> None:
         low = torch.is_autocast_enabled(difference.device.type) or self._is_16_bit(model)
         tolerance, found = _TOLERANCE_16_BIT if low else _TOLERANCE, float(difference.max())
         if not found <= tolerance:
             raise Unshareable(
-                f"the {what} of the first group differ by {found:.1e} from those without sharing "
+                f"the {what} of the first groups differ by {found:.1e} from those without sharing "
                 f"(at most {tolerance:.0e} is rounding)"
             )
 
@@ -246,6 +246,11 @@ class GroupSharing:
         features = self._features[id(own)]
         before = features.encodes
         try:
+            self._check_masks(model, own, features, prompts.encodings[0], device)
+        except Unshareable as error:
+            self.refuse(str(error))
+            return None
+        try:
             features.encode(prompts.encodings, lambda row: prompts.inputs(pad, device, [row]))
             with without_gradient(own.device):
                 self._check_generation(own, features, prompts, config, pad, device)
@@ -257,9 +262,18 @@ class GroupSharing:
             return None
         self.saved["prompt_tokens"] += sum(len(prompts.ids[i]) for i in index) - sum(map(len, prompts.ids))
         media = sum(bool(prompts.encodings[i].media) for i in index)
-        encoded = features.encodes - before if features.frozen() else sum(bool(e.media) for e in prompts.encodings)
-        self.saved["encodes"] += max(0, media - encoded)
+        self.saved["encodes"] += max(0, media - (features.encodes - before + _trained(features, prompts.encodings)))
         return out[:, inputs["input_ids"].shape[1] :]
+
+    def _check_masks(self, model: Any, own: Any, features: Features, encoded: EncodedPrompt, device: Any) -> None:
+        """Once: the model's masks, which are made in front of its first layer, have a place for a packed row."""
+        kind = ("masks", id(own))
+        if kind in self._checked:
+            return
+        ids = torch.tensor(encoded.input_ids[-1:], device=device).expand(1, 2, 1)
+        with torch.no_grad(), features.up_to_first_layer():
+            Scorer(model, own, features, self.autocast, self.fused).groups([encoded], ids, torch.ones_like(ids))
+        self._checked[kind] = []
 
     def _check_generation(
         self, model: Any, features: Features, prompts: Prompts, config: GenerationConfig, pad: int, device: Any
@@ -284,7 +298,12 @@ class GroupSharing:
             shared = generate(model, features, inputs, prompts.tokens, index, greedy, own)
         plain = own(**prompts.inputs(pad, device, index.tolist()), generation_config=greedy)
         self._compare("logits", _gap(shared, plain), model)
-        self._checked.add(kind)
+        self._checked[kind] = []
+
+
+def _trained(features: Features, prompts: list[EncodedPrompt]) -> int:
+    """The prompts whose media a trained tower encodes, each time anew."""
+    return sum(bool(encoded.media) and not features.keeps(encoded) for encoded in prompts)
 
 
 def _gap(shared: Any, plain: Any) -> Tensor:
