@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from typing import Any
 from vlm_grpo.errors import UnsupportedError
 
 from .ledger import Patch
+from .transformers import answered_by
 
 # What importing Unsloth raises where it does not work; NotImplementedError (no GPU) is a RuntimeError.
 IMPORT_FAILURES = (ImportError, RuntimeError, OSError, AttributeError)
@@ -88,6 +90,22 @@ def undo_unsloth_patch() -> None:
     with _LOCK:
         for module in _holders(lambda held: hasattr(held, _ORIGINAL)):
             setattr(module, _TARGET, getattr(vars(module)[_TARGET], _ORIGINAL))
+
+
+@contextmanager
+def own_generate(model: Any, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Within it, ``model.generate`` is transformers' own, where Unsloth has put one that makes caches of its own.
+
+    Args:
+        model: the plain model, adapters included.
+        autocast: the precision to compute in, which Unsloth's would have chosen.
+    """
+    original = getattr(model, "_old_generate", None)
+    if original is None:
+        yield
+        return
+    with answered_by(model, "generate", original), autocast():
+        yield
 
 
 def why_not_unsloth() -> str:

@@ -118,7 +118,7 @@ def test_shared_groups_with_videos_killed_and_continued_between_two_uses(workpla
     plain = (*options, "--group_sharing", "false", "--output", "plain")
     called(0, *TRAIN, *plain)
     for shared, alone in zip(
-        jsonl(workplace / "whole" / "metrics.jsonl"), jsonl(workplace / "plain" / "metrics.jsonl")
+        jsonl(workplace / "whole" / "metrics.jsonl"), jsonl(workplace / "plain" / "metrics.jsonl"), strict=True
     ):
         assert shared.get("reward") == alone.get("reward"), "the same samples"
         for figure in ("loss", "kl", "grad_norm"):

@@ -23,7 +23,7 @@ from vlm_grpo.errors import ConfigError, SharingError, UnsupportedError
 from vlm_grpo.group import GroupSharing
 from vlm_grpo.group.reasons import Unshareable
 from vlm_grpo.models.families import family_of, lora_targets
-from vlm_grpo.trainer import _check_processes
+from vlm_grpo.preparation import check_processes
 
 WORLD = 2
 PATIENCE = 60  # seconds, and as many for four runs: processes that wait for each other are a failure
@@ -206,18 +206,18 @@ def test_group_what_processes_cannot_do(split, sharing):
     )
     if not split:
         with pytest.raises(ConfigError, match="reentrant.*Set use_reentrant to False"):
-            _check_processes(trainer)
+            check_processes(trainer)
         args.ddp_find_unused_parameters = False
-        _check_processes(trainer)
+        check_processes(trainer)
     elif sharing is True:
         with pytest.raises(SharingError, match="FSDP and DeepSpeed"):
-            _check_processes(trainer)
+            check_processes(trainer)
     else:
-        _check_processes(trainer)
+        check_processes(trainer)
         assert shared.off
         trainer.model, _ = tiny.build("mllama")
         with pytest.raises(UnsupportedError, match="Train it with DDP, or with one process"):
-            _check_processes(trainer)
+            check_processes(trainer)
 
 
 if __name__ == "__main__":

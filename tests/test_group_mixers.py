@@ -274,7 +274,7 @@ def test_a_wrong_state_is_found_out(family, fault, monkeypatch, caplog):
         monkeypatch.setattr(mixers, "_forward", one_behind_the_other)
     model, processor = build(family)
     encoded, completions = prompt_of(processor), completions_of(LENGTH)
-    with pytest.raises(SharingError, match="the log-probabilities of the first group differ by"):
+    with pytest.raises(SharingError, match="the log-probabilities of the first groups differ by"):
         together(model, encoded, completions)
     sharing = sharing_of(model, "auto")
     assert together(model, encoded, completions, sharing) is None

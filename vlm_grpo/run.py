@@ -40,12 +40,13 @@ from .folder import (
     write_json,
 )
 from .models import is_adapter, load_model
+from .preparation import check_size
 from .progress import ProgressCallback
 from .report import draw_curves
 from .rewards import load_rewards
 from .rewards.accuracy import accuracy
 from .sft import VLMSFTConfig, VLMSFTTrainer
-from .trainer import VLMGRPOTrainer, check_size
+from .trainer import VLMGRPOTrainer
 from .trainer_config import VLMGRPOConfig, build_args, one_line
 
 logger = logging.getLogger("vlm_grpo")

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import (
     disable_gradient_checkpointing,
-    prepare_deepspeed,
-    prepare_fsdp,
     unwrap_model_for_generation,
 )
 from trl.trainer.utils import use_adapter
@@ -31,13 +29,21 @@ from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
 from .data import MEDIA_COLUMNS, decoded, undecoded
 from .encode import EncodedPrompt
-from .errors import ConfigError, DataFormatError, UnsupportedError
+from .errors import UnsupportedError
 from .flow import FlowCheck
 from .group import GroupSharing, SharingReport, advice, from_units, to_units, unique, unit_of, up_to_end
 from .intake import Intake
-from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together, tower_of
+from .models.families import family_of, placeholder_ids_by_kind, together, tower_of
 from .patches.transformers import quiet_layerdrop
-from .patches.trl import LOG_PROBS, add_fused_head, own_grpo_trainer
+from .patches.trl import LOG_PROBS, own_grpo_trainer
+from .preparation import (
+    check_processes,
+    check_size,
+    end_at_any_eos,
+    install_reference,
+    mend_heads,
+    suppress_placeholders,
+)
 from .quantized import is_quantized, trainable_data, undo_bf16_adapters
 from .scoring import Encodings, as_one_forward, forwards
 from .scoring import logps as plain_logps
@@ -142,48 +148,22 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
-        self._mend_heads()
+        mend_heads(self)
         if copies_reference:
-            self._install_reference()
+            install_reference(self)
         if is_quantized(self.model):
             undo_bf16_adapters(self.model, adapters)
         self._tokenizer.padding_side = "left"
         quiet_layerdrop(self.accelerator.unwrap_model(self.model))
-        self._suppress_placeholders()
-        self._end_at_any_eos()
+        suppress_placeholders(self)
+        end_at_any_eos(self)
         self._share_groups()
-        _check_processes(self)
+        check_processes(self)
         self._install_checks()
         self.intake = self._make_intake()
         self.add_callback(LengthCheck(self.intake, train_dataset))
 
     # ---- set-up -------------------------------------------------------------------------------------------------
-
-    def _mend_heads(self) -> None:
-        """TRL's head, added once more where the model is its own backbone, of which TRL does not know."""
-        policy: Any = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        precision = self.args.cast_lm_head_to_fp32
-        if policy.base_model is policy:
-            add_fused_head(policy, self.temperature, precision, outputs=("log_probs", "entropy"))
-            if self.ref_model is not None:
-                add_fused_head(self.ref_model, self.temperature, precision)
-
-    def _install_reference(self) -> None:
-        """A frozen copy of the model as given (TRL has changed no weight yet), prepared as TRL prepares one."""
-        self.beta = self.args.beta
-        reference: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
-        # TRL's fused forward, copied with the instance, still falls back on the policy's own forward.
-        add_fused_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-        if self.is_deepspeed_enabled:
-            self.ref_model = prepare_deepspeed(reference, self.accelerator)
-        elif self.is_fsdp_enabled:
-            self.ref_model = prepare_fsdp(reference, self.accelerator)
-        else:
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        if self.args.sync_ref_model:
-            from trl.trainer.callbacks import SyncRefModelCallback
-
-            self.add_callback(SyncRefModelCallback(ref_model=reference, accelerator=self.accelerator))
 
     def _install_checks(self) -> None:
         family = family_of(self.model.config)
@@ -200,14 +180,6 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         for callback in (self._gradient_check, StepsCheck, self._flow_check, report):
             self.add_callback(callback)
 
-    def _suppress_placeholders(self) -> None:
-        """A sampled media placeholder would crash the next forward, or read another row's features."""
-        self.placeholder_ids = placeholder_ids(self.model.config, self.processing_class)
-        if self.placeholder_ids:
-            chosen = self.generation_kwargs.get("suppress_tokens") or []
-            suppressed = sorted({*chosen, *self.placeholder_ids})
-            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
-
     def _share_groups(self) -> None:
         self._unit = unit_of(self.args.per_device_train_batch_size, self.num_generations)
         self.watch = Stopwatch()
@@ -222,12 +194,6 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         lost = advice(self.args.per_device_train_batch_size, self.num_generations)
         if lost is not None and self.args.group_sharing is not False:
             _LOG.warning(lost)
-
-    def _end_at_any_eos(self) -> None:
-        """Ends that the user adds by ``generation_kwargs`` end the counted tokens too, not only the sampling."""
-        own = self.generation_kwargs.get("eos_token_id")
-        own = [own] if isinstance(own, int) else own or []
-        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *own]))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -430,8 +396,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         def score(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
             if self.sharing.on(own, rows):
                 own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
-                arguments = (own, completions, own_mask, rows, rows.idle, unshared, batch_size or len(rows))
-                shared = self.sharing.logps(*arguments)
+                sizes = (batch_size or len(rows), input_ids.size(1) - logits_to_keep)
+                shared = self.sharing.logps(own, completions, own_mask, rows, rows.idle, unshared, *sizes)
                 if shared is not None:
                     return *shared, None
             batches = forwards(family_of(self.model.config), rows, batch_size or len(rows))
@@ -465,40 +431,3 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         if "rollout" in state:
             batches = unpack_rollout(state["rollout"], self.accelerator.device)
             self._buffered_inputs = [to_units(batch, self._unit) for batch in batches]
-
-
-def check_size(dataset: Any, args: VLMGRPOConfig) -> None:
-    """TRL drops an incomplete generation batch, so a small dataset would train 0 steps without a word."""
-    assert args.generation_batch_size and args.num_generations, "GRPOConfig derives both"
-    prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < prompts:
-        raise ConfigError(
-            f"The training dataset has {len(dataset)} rows, but one generation batch takes {prompts} prompts "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), no step "
-            f"could be taken. Add rows, or lower generation_batch_size to {len(dataset) * args.num_generations}."
-        )
-    if isinstance(dataset, (list, tuple, dict)):
-        raise DataFormatError(
-            f"train_dataset is a {type(dataset).__name__}. Wrap it: datasets.Dataset.from_list(rows)."
-        )
-
-
-def _check_processes(trainer: VLMGRPOTrainer) -> None:
-    """What several processes cannot do: FSDP and DeepSpeed exchange weights or gradients during every forward."""
-    args, processes = trainer.args, trainer.args.world_size
-    family, checkpoints = family_of(trainer.model.config), args.gradient_checkpointing_kwargs or {}
-    if processes == 1:
-        return
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        if family.apart:
-            raise UnsupportedError(
-                f"{family.model_type} needs forwards of its own for rows whose media differ in size, and under FSDP "
-                f"and DeepSpeed all {processes} processes must run as many. Train it with DDP, or with one process."
-            )
-        if not trainer.sharing.off:
-            trainer.sharing.refuse(f"under FSDP and DeepSpeed all {processes} processes must run as many forwards")
-    elif args.ddp_find_unused_parameters and args.gradient_checkpointing and checkpoints.get("use_reentrant"):
-        raise ConfigError(
-            f"gradient_checkpointing_kwargs={checkpoints}: with {processes} processes and "
-            "ddp_find_unused_parameters=True, DDP cannot see into reentrant checkpoints. Set use_reentrant to False."
-        )

@@ -77,8 +77,12 @@ def _register(name: str) -> None:
         if layout is None or kwargs["q_length"] != layout.length:
             return ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs)
         own = {key: kwargs[key] for key in _KEPT if key in kwargs}
-        own["attention_mask"] = _logical(kwargs.get("attention_mask"), layout)
-        return Packed.of(layout, lambda length: sdpa_mask(q_length=length, kv_length=length, **own), _FUSED.get())
+        own["attention_mask"] = padding = _logical(kwargs.get("attention_mask"), layout)
+
+        def mask_of(length: int) -> Tensor | None:
+            return sdpa_mask(q_length=length, kv_length=length, **own)
+
+        return Packed.of(layout, mask_of, _FUSED.get(), padding)
 
     AttentionInterface.register(twin, attention)
     AttentionMaskInterface.register(twin, mask)

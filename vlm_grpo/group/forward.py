@@ -36,20 +36,26 @@ class Scorer:
     autocast: Callable[[], AbstractContextManager]
     fused: bool = False
 
-    def groups(self, encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def groups(
+        self, encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor, prompt_width: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies (n, G, T) of the completions of n prompts, 0 where ``mask`` is.
 
         Args:
             encodings: the n prompts.
             completions: (n, G, T) token ids.
             mask: (n, G, T), 1 at real tokens.
+            prompt_width: tokens that several prompts are padded to at least. Policy and reference see a group beside
+                different ones: rounding is the same where sizes are.
 
         Raises:
             Unshareable: a prompt attends to its completions.
         """
-        real = mask.flatten(0, 1).any(0).nonzero()
-        width = int(real[-1]) + 1 if len(real) else 1  # what follows belongs to longer rows of other groups
-        layout = Layout(max(len(e.input_ids) for e in encodings) - 1, completions.shape[1], width)
+        width, length = completions.shape[-1], max(prompt_width, *(len(e.input_ids) for e in encodings))
+        if len(encodings) == 1:  # alone, what is padding for other groups is left out
+            real = mask[0].any(0).nonzero()
+            width, length = int(real[-1]) + 1 if len(real) else 1, len(encodings[0].input_ids)
+        layout = Layout(length - 1, completions.shape[1], width)
         inputs = self._inputs(encodings, completions, layout)
         labels = completions.masked_fill(mask == 0, -100)[..., :width].flatten(1)
         labels = torch.cat([labels.new_full((len(labels), layout.prefix), -100), labels], 1)
@@ -62,11 +68,15 @@ class Scorer:
     def encode(self, encodings: list[EncodedPrompt], device: Any) -> None:
         """Encode the media of prompts that share a forward, where their towers are frozen."""
         self.features.encode(
-            encodings, lambda row: {"input_ids": _padded([encodings[row]], device)[0], **collate([encodings[row]])}
+            encodings,
+            lambda row: {
+                "input_ids": torch.tensor([encodings[row].input_ids], device=device),
+                **collate([encodings[row]], device=device),
+            },
         )
 
     def _inputs(self, encodings: list[EncodedPrompt], completions: Tensor, layout: Layout) -> dict[str, Any]:
-        prompts, real = _padded(encodings, completions.device)
+        prompts, real = _padded(encodings, completions.device, layout.prefix + 1)
         extra = layout.width - 1
         logical = torch.cat([prompts, completions[:, 0, :extra]], 1)
         seen = torch.cat([real, real.new_ones(len(real), extra)], 1)
@@ -83,9 +93,8 @@ class Scorer:
         return {**inputs, **packed}
 
 
-def _padded(encodings: list[EncodedPrompt], device: Any) -> tuple[Tensor, Tensor]:
-    """Prompts (n, L) left-padded, and 1 at their tokens. The id of the padding is never looked at."""
-    width = max(len(encoded.input_ids) for encoded in encodings)
+def _padded(encodings: list[EncodedPrompt], device: Any, width: int) -> tuple[Tensor, Tensor]:
+    """Prompts (n, width) left-padded, and 1 at their tokens. The id of the padding is never looked at."""
     ids = [[0] * (width - len(encoded.input_ids)) + list(encoded.input_ids) for encoded in encodings]
     real = [[0] * (width - len(encoded.input_ids)) + [1] * len(encoded.input_ids) for encoded in encodings]
     return torch.tensor(ids, device=device), torch.tensor(real, device=device)

@@ -71,13 +71,20 @@ class Packed:
     fused: bool = False
 
     @classmethod
-    def of(cls, layout: Layout, mask_of: Callable[[int], Tensor | None], fused: bool = False) -> "Packed":
+    def of(
+        cls,
+        layout: Layout,
+        mask_of: Callable[[int], Tensor | None],
+        fused: bool = False,
+        padding: Tensor | None = None,
+    ) -> "Packed":
         """Cut from the model's own mask over logical rows.
 
         Args:
             layout: the rows' sizes.
             mask_of: the boolean mask (n, heads or 1, L, L) of rows of L tokens, or None where it is causal.
             fused: compute its attention by FlexAttention.
+            padding: (n, L) False at padding, whose own row in a mask may be anything.
 
         Raises:
             Unshareable: the prompt attends to what follows it, so it differs from completion to completion.
@@ -86,7 +93,8 @@ class Packed:
         if mask is None:
             return cls(layout, fused=fused)
         prefix = layout.prefix
-        if bool(mask[..., :prefix, prefix:].any()):
+        ahead = mask[..., :prefix, prefix:].any(-1)  # (n, heads or 1, prefix)
+        if bool((ahead if padding is None else ahead & padding[:, None, :prefix]).any()):
             raise Unshareable("tokens of the prompt attend to what follows them, as in a prefix language model")
         return cls(layout, mask[..., :prefix, :prefix], mask[..., prefix:, :], fused)
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from ..encode import EncodedPrompt
 from ..errors import SharingError
 from ..models.families import Family, together
+from ..patches.unsloth import own_generate
 from .attention import install
 from .features import Features
 from .forward import Scorer
@@ -123,6 +124,7 @@ class GroupSharing:
         idle: list[bool],
         plain: Callable[[Any, list[int]], Tensor],
         batch_size: int,
+        prompt_width: int = 0,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Log-probabilities and entropies (B, T) in nats, of each prompt once; None where sharing turns out inexact.
 
@@ -134,6 +136,7 @@ class GroupSharing:
             idle: per row, whether its gradient is known to be zero.
             plain: log-probabilities (len(rows), T) of some rows of this batch without sharing, for the check.
             batch_size: rows of a forward at most, of groups that are not larger themselves.
+            prompt_width: tokens that several prompts in one forward are padded to at least.
         """
         own = plain_model(model)
         features = self._features[id(own)]
@@ -149,7 +152,7 @@ class GroupSharing:
             try:
                 scorer.encode(prompts, completions.device)
                 with without_gradient(completions.device) if skip else nullcontext():
-                    out, entropy = scorer.groups(prompts, completions[index], mask[index])
+                    out, entropy = scorer.groups(prompts, completions[index], mask[index], prompt_width)
                 self._check(own, prompts, out, groups, mask[index], plain)
             except Unshareable as error:
                 self.refuse(str(error))
@@ -255,7 +258,7 @@ class GroupSharing:
             with without_gradient(own.device):
                 self._check_generation(own, features, prompts, config, pad, device)
             rows, inputs = torch.tensor(index, device=device), prompts.inputs(pad, device)
-            with features.of(prompts.encodings):
+            with features.of(prompts.encodings), own_generate(own, self.autocast):
                 out = generate(own, features, inputs, prompts.tokens, rows, config, model.generate)
         except Unshareable as error:
             self.refuse(str(error), generation=True)
@@ -293,7 +296,7 @@ class GroupSharing:
             pad_token_id=config.pad_token_id,
             suppress_tokens=config.suppress_tokens,
         )
-        with features.of([prompts.encodings[row] for row in few]):
+        with features.of([prompts.encodings[row] for row in few]), own_generate(model, self.autocast):
             inputs = prompts.inputs(pad, device, few)
             shared = generate(model, features, inputs, prompts.tokens, index, greedy, own)
         plain = own(**prompts.inputs(pad, device, index.tolist()), generation_config=greedy)
