@@ -78,7 +78,7 @@ def test_the_reference_reads_every_completions_prompt_by_itself(monkeypatch):
     monkeypatch.setattr(Intake, "read", lambda self, row, *args: (calls.append(id(self)), read(self, row, *args))[1])
     run_bench(replace(SMALL, modality="audio"))
     counts = sorted(calls.count(one) for one in set(calls))
-    steps = SMALL.rounds + 3  # one to warm up, two for the memory
+    steps = SMALL.rounds + 4  # two to warm up, two for the memory
     before = counts[0] - steps  # what looks at the rows before step 1 does so for both
     assert before >= 0 and counts[1] - before == steps * SMALL.num_generations
 

@@ -341,7 +341,7 @@ def bench(
     ] = "8",
     beta: Annotated[float, typer.Option("--beta", help="KL weight; above 0 there are reference log-probs.")] = 0.0,
     train_vision: Annotated[bool, typer.Option("--train-vision", help="Adapters in the vision tower too.")] = False,
-    rounds: Annotated[int, typer.Option("--rounds", help="Measured rounds, after one that warms up.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", help="Measured rounds, after two that warm up.")] = 3,
     threads: Annotated[int, typer.Option("--threads", help="Threads of torch on the CPU.")] = 1,
     device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where both trainers run.")] = "cpu",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bf16 instead of fp32.")] = False,

@@ -25,11 +25,12 @@ from .prompts import Prompts, build_prompts
 from .shapes import build_model, describe, lora_config
 
 Say = Callable[[str], None]
+WARM_UP = 2  # our trainer computes the first two prompts of a kind both ways
 Pair = tuple[Step, Step]  # reference, ours
 
 
 def run_bench(options: BenchOptions, say: Say = lambda text: None, now: Say = lambda text: None) -> dict[str, Any]:
-    """Measure one case: a round that warms up, ``rounds`` measured ones, and two for the memory.
+    """Measure one case: rounds that warm up, ``rounds`` measured ones, and two for the memory.
 
     Both trainers have models of equal weights, and a learning rate of 0 keeps them equal. Which one goes first
     changes from round to round.
@@ -51,12 +52,13 @@ def run_bench(options: BenchOptions, say: Say = lambda text: None, now: Say = la
         raise ConfigError('device="cuda": torch sees no GPU here. Leave --device out, or install torch for CUDA.')
     with _undisturbed(options.threads), tempfile.TemporaryDirectory() as folder:
         now("building models and prompts")
-        prompts = build_prompts(options, options.rounds + 3)
+        prompts = build_prompts(options, options.rounds + WARM_UP + 2)
         trainers = _trainers(options, prompts, folder)
         reference = _name_of_reference(options)
         say(_heading(options, prompts, reference))
         pairs: list[Pair] = []
-        titles = ["warm-up", *(f"round {number + 1} of {options.rounds}" for number in range(options.rounds))]
+        rounds = [f"round {number + 1} of {options.rounds}" for number in range(options.rounds)]
+        titles = ["warm-up"] * WARM_UP + rounds
         for number, title in enumerate([*titles, "memory", "tensors"]):
             watch: Watched = "memory" if title == "memory" else "tensors" if title == "tensors" else None
             steps: list[Step] = [Step(), Step()]
@@ -67,7 +69,7 @@ def run_bench(options: BenchOptions, say: Say = lambda text: None, now: Say = la
             say(f"{title}: {_line(pairs[-1], watch)}")
     facts = {"reference": reference, "model": describe(options), "media_tokens": prompts.media_tokens}
     return (
-        _result(options, pairs[1:-2], pairs[-2], pairs[-1]) | facts | {"source": prompts.source, "versions": versions()}
+        _result(options, pairs[WARM_UP:-2], pairs[-2], pairs[-1]) | facts | {"source": prompts.source, "versions": versions()}
     )
 
 

@@ -26,7 +26,7 @@ class BenchOptions:
         num_generations: G completions of the one prompt of a step.
         beta: weight of the KL term; above 0 there are reference log-probabilities.
         train_vision: LoRA adapters in the vision tower too.
-        rounds: measured pairs of steps, after one that warms up.
+        rounds: measured pairs of steps, after two that warm up.
         threads: of torch on the CPU.
         device: where both trainers run.
         bf16: base weights and arithmetic in bf16 instead of fp32.
