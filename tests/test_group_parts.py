@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recorder
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
@@ -567,9 +569,22 @@ def test_a_prompt_that_ends_in_a_medium_has_no_place_to_split_at(caplog):
     assert sharing.on(model, [EncodedPrompt([5, 6], {}, {})] * 2), "other batches share"
 
 
-def test_a_prompt_of_one_token_has_nothing_to_share(caplog):
-    model, _ = tiny.build("qwen2_5_vl")
-    assert not sharing_of(model).on(model, [EncodedPrompt([5], {}, {})] * 2) and not caplog.records
+def test_a_prompt_of_one_token_is_scored_beside_longer_ones(tmp_path):
+    """It has nothing to share, and the others share theirs."""
+    model, processor = tiny.build("qwen2_5_vl")
+    first, *others = tiny.WORDS[:4]
+    data = Dataset.from_list([{"prompt": text} for text in (first, *(f"count {word} and {first}" for word in others))])
+    trainer = recorder.Recorder(model, recorder.reward, recorder.config(tmp_path), data, None, processor)
+    trainer.train()
+    rows = [row for batch in trainer.rows for row in batch]
+    assert len(rows) == 8 and trainer.sharing.saved["prompt_tokens"] > 0
+    shortest = min(len(row.prompt) for row in rows)
+    assert shortest == 1 < max(len(row.prompt) for row in rows)
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.completion]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(row.prompt) - 1 : -1] / 0.8
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(row.completion)[:, None])[:, 0]
+        assert torch.allclose(row.logps, expected.detach(), atol=1e-5)
 
 
 def test_false_shares_nothing_and_changes_nothing():
@@ -686,3 +701,52 @@ def test_a_cache_is_attended_to_only_while_decoding():
         model, _ = tiny.build("qwen2_5_vl")
         install(model)
         assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+# ---- models and settings that are not as expected -------------------------------------------------------------------
+
+
+def test_a_decoder_that_keeps_its_layers_elsewhere_falls_back(caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    sharing = GroupSharing(family_of(model.config), "auto", (), nullcontext)
+    rows = [EncodedPrompt([5, 6], {}, {})] * 2
+    model.config._attn_implementation = "sdpa"
+    for module in model.modules():
+        for dropout in [m for m in module.children() if isinstance(m, nn.Dropout)]:
+            dropout.p = 0.0
+    assert not sharing.on(model, rows) and "keeps its layers under a name" in caplog.text
+
+
+def test_another_attention_set_in_between_is_seen():
+    model, _ = headed()
+    sharing = sharing_of(model)
+    rows = [EncodedPrompt([5, 6, 7], {}, {})] * 2
+    assert sharing.on(model, rows)
+    sharing._checked["kind"] = [1, 2]
+    model.set_attn_implementation("eager")
+    assert sharing.on(model, rows) and not sharing._checked
+    assert model.config.get_text_config()._attn_implementation == "shared_eager"
+    sharing.release()
+    assert model.config.get_text_config()._attn_implementation == "eager"
+
+
+def test_what_the_models_own_generation_config_says_counts(tmp_path, caplog):
+    model, processor = tiny.build("qwen2_5_vl")
+    model.generation_config.cache_implementation = "static"
+    data = Dataset.from_list([{"prompt": f"count {word}"} for word in tiny.WORDS[:4]])
+    options = recorder.config(tmp_path, group_sharing="auto")
+    trainer = recorder.Recorder(model, recorder.reward, options, data, None, processor)
+    trainer.train()
+    assert trainer.state.global_step == 1 and "cache_implementation='static'" in caplog.text
+
+
+def test_a_trained_module_of_an_unknown_name_is_not_taken_for_frozen():
+    model, _ = tiny.build("llava")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("image_resampler" in name)
+    family = family_of(model.config)
+    assert Features(model, family, nullcontext).frozen()
+    model.model.image_resampler = nn.Linear(2, 2)
+    assert not Features(model, family, nullcontext).frozen()

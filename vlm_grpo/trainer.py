@@ -68,8 +68,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
 
     Differences from TRL: log-probabilities also work without Triton; without PEFT and with ``beta > 0`` the reference
     is a frozen copy of the model as given; the processor you pass is copied and never changed; checkpoints are atomic
-    and continue exactly; a run whose media do not reach the loss is stopped before step 1, and on step 1 one with a
-    trained tower that receives no gradient.
+    and continue exactly; the completions of a prompt share its work; a run whose media do not reach the loss is
+    stopped before step 1, and on step 1 one with a trained tower that receives no gradient.
 
     Args:
         model: a name, a path, a model or a PEFT model.
@@ -86,6 +86,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         DataFormatError: a row that is no sample.
         FlowError: a kind of medium does not reach the log-probabilities.
         GradientError: on step 1, see above.
+        SharingError: ``group_sharing=True`` where it would not be exact.
     """
 
     _tag_names = ["trl", "grpo", "vlm-grpo"]
@@ -364,7 +365,11 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         exact = self.beta == 0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
         if not exact or self.args.world_size > 1:  # DDP waits for every parameter
             return [False] * len(inputs["encodings"])
-        return (inputs["advantages"].reshape(len(inputs["encodings"]), -1) == 0).all(1).tolist()
+        zero = (inputs["advantages"].reshape(len(inputs["encodings"]), -1) == 0).all(1).tolist()
+        ready = {
+            senses: self.sharing.moved.cover(self.model, senses) for senses in {e.senses for e in inputs["encodings"]}
+        }
+        return [none and ready[e.senses] for none, e in zip(zero, inputs["encodings"], strict=True)]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -419,6 +424,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             "step": self._step,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "entropy": (self.entropy_coef, self._last_world_entropy),
+            "moved": sorted(self.sharing.moved.names),
         }
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"] = pack_rollout([from_units(batch) for batch in self._buffered_inputs])
@@ -428,6 +434,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         self._step = state["step"]
         self._metrics["train"].update(state["metrics"])
         self.entropy_coef, self._last_world_entropy = state["entropy"]
+        self.sharing.moved.names.update(state.get("moved", ()))
         if "rollout" in state:
             batches = unpack_rollout(state["rollout"], self.accelerator.device)
             self._buffered_inputs = [to_units(batch, self._unit) for batch in batches]

@@ -68,9 +68,8 @@ def run_bench(options: BenchOptions, say: Say = lambda text: None, now: Say = la
             pairs.append((steps[0], steps[1]))
             say(f"{title}: {_line(pairs[-1], watch)}")
     facts = {"reference": reference, "model": describe(options), "media_tokens": prompts.media_tokens}
-    return (
-        _result(options, pairs[WARM_UP:-2], pairs[-2], pairs[-1]) | facts | {"source": prompts.source, "versions": versions()}
-    )
+    facts |= {"source": prompts.source, "versions": versions()}
+    return _result(options, pairs[WARM_UP:-2], pairs[-2], pairs[-1]) | facts
 
 
 def versions() -> dict[str, str]:

@@ -36,6 +36,8 @@ def install(model: Any) -> None:
     Raises:
         Unshareable: the model computes attention in a way of its own.
     """
+    if not len(getattr(model.get_decoder(), "layers", ())):
+        raise Unshareable("its language model keeps its layers under a name that is not known")
     for config in _text_configs(model):
         name = config._attn_implementation
         if name.startswith(_PREFIX):
@@ -44,6 +46,18 @@ def install(model: Any) -> None:
             raise Unshareable(f"its attention ({name}) is not one of transformers' own")
         _register(name)
         config._attn_implementation = {"": _PREFIX + name}  # not that of the towers of media below it
+
+
+def is_installed(model: Any) -> bool:
+    """Whether all of the language model still has the twin: users may set another implementation at any time."""
+    return all(config._attn_implementation.startswith(_PREFIX) for config in _text_configs(model))
+
+
+def uninstall(model: Any) -> None:
+    """Give the language model of ``model`` back the attention it came with."""
+    for config in _text_configs(model):
+        if config._attn_implementation.startswith(_PREFIX):
+            config._attn_implementation = {"": config._attn_implementation.removeprefix(_PREFIX)}
 
 
 def _text_configs(model: Any) -> list[Any]:
@@ -66,7 +80,7 @@ def _register(name: str) -> None:
         if isinstance(mask, Packed):
             return _packed(module, query, key, value, mask, **kwargs), None
         layer = _shared_layer(module, key)
-        if layer is not None and query.shape[2] == 1:
+        if layer is not None and query.shape[2] == 1 and not _unknown(kwargs):
             return layer.attend(query, kwargs.get("scaling")), None
         if layer is not None:
             key, value = layer.expanded()
@@ -151,14 +165,18 @@ def _packed(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise Unshareable(f"its attention takes {name}, which the packed row does not know")
+    for name in _unknown(kwargs):
+        raise Unshareable(f"its attention takes {name}, which the packed row does not know")
     if packed.fused and fuses(query, value, packed, dropout):
         out = flex_packed_attention(query, key, value, packed, scaling)
     else:
         out = packed_attention(query, key, value, packed, scaling, dropout)
     return out.transpose(1, 2).contiguous()
+
+
+def _unknown(kwargs: dict[str, Any]) -> list[str]:
+    """What an attention is given that changes its scores, and that only the original computes."""
+    return [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
 
 
 def packed_attention(

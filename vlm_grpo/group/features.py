@@ -51,7 +51,9 @@ class Features:
         return tuple(
             path
             for path in self.family.encoders
-            if towers.get("audio" if "audio" in path else "vision", False) and towers.get("projector", True)
+            if towers.get("audio" if "audio" in path else "vision", False)
+            and towers.get("projector", True)
+            and towers.get("other", True)  # of a model that is not in the table, it may be the projector
         )
 
     def keeps(self, encoded: EncodedPrompt) -> bool:
@@ -97,12 +99,12 @@ class Features:
         self._calls[path] = number + 1
         key = (path, number)
         if len(encodings) == 1:
-            known = self.known.setdefault(encodings[0], {})
-            if key not in known:
+            if key not in self.known.get(encodings[0], {}):
                 with torch.inference_mode(False), torch.no_grad(), self.autocast():
-                    known[key] = _kept(encode())
+                    output = _kept(encode())
+                self.known.setdefault(encodings[0], {})[key] = output
                 self.encodes += 1
-            return _copied(known[key])
+            return _copied(self.known[encodings[0]][key])
         return joined([self.known[e][key] for e in encodings if key in self.known.get(e, {})])
 
     def encode(self, encodings: list[EncodedPrompt], inputs_of: Callable[[int], dict[str, Any]]) -> None:

@@ -19,9 +19,8 @@ def reason_against(model: Any, aux_loss: bool) -> str | None:
     if aux_loss:
         return "the router's auxiliary loss counts the prompt's tokens once per completion"
     for name, module in model.named_modules():
-        dropout = (
-            module.p if isinstance(module, nn.modules.dropout._DropoutNd) else _chance(module, "attention_dropout")
-        )
+        drawn = (_chance(module, attribute) for attribute in _DROPOUTS)
+        dropout = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else max(drawn)
         if dropout > 0:
             return f"{name} has dropout {dropout}, drawn anew for every completion (set disable_dropout)"
         if (chance := _chance(module, "layerdrop")) > 0:
@@ -29,7 +28,11 @@ def reason_against(model: Any, aux_loss: bool) -> str | None:
     return None
 
 
+# Of modules that draw within their forward, where no layer of its own would show it; of adapters by their names.
+_DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
+
+
 def _chance(module: Any, name: str) -> float:
-    """Of a module that draws within its forward, where no layer of its own would show it."""
     value = getattr(module, name, 0.0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    values = value.values() if isinstance(value, dict) else [value]
+    return max((float(v) for v in values if isinstance(v, (int, float))), default=0.0)

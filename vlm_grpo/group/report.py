@@ -28,6 +28,12 @@ class SharingReport(TrainerCallback):
         self.sharing.saved = dict.fromkeys(self.sharing.saved, 0)
         self.watch.start()
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.sharing.moved.note(model)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.sharing.release()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         for name, count in self.sharing.saved.items():
             self.log(f"group/{name}_saved", float(count))

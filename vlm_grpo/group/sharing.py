@@ -1,5 +1,6 @@
 """What the trainer asks for: shared work where it is exact, checked on first use, with a count of what it saves."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +16,10 @@ from ..encode import EncodedPrompt
 from ..errors import SharingError
 from ..models.families import Family, together
 from ..patches.unsloth import own_generate
-from .attention import install
+from .attention import install, is_installed, uninstall
 from .features import Features
 from .forward import Scorer
-from .idle import without_gradient, zero_gradients
+from .idle import Moved, without_gradient, zero_gradients
 from .mixers import has_mixers, install_mixers
 from .reasons import Unshareable, reason_against
 from .rollout import Prompts, generate, generation_reason
@@ -58,6 +59,7 @@ class GroupSharing:
         self._features: dict[int, Features] = {}
         self._checked: dict[tuple, list[int]] = {}
         self._said: set[str] = set()
+        self.moved = Moved(family)
 
     # ---- where it is exact --------------------------------------------------------------------------------------
 
@@ -70,6 +72,9 @@ class GroupSharing:
         if self.off:
             return False
         plain = plain_model(model)
+        if id(plain) in self._features and not is_installed(plain):
+            del self._features[id(plain)]  # another attention was set since: everything is to be shown again
+            self._checked.clear()
         if id(plain) not in self._features:
             try:
                 reason = reason_against(plain, self.aux_loss)
@@ -85,8 +90,6 @@ class GroupSharing:
 
     def _fits(self, encodings: list[EncodedPrompt]) -> bool:
         for encoded in {id(e): e for e in encodings}.values():
-            if len(encoded.input_ids) < 2:  # nothing to share
-                return False
             if encoded.input_ids[-1] in self.placeholders:
                 self.refuse("a prompt ends in a medium", forever=False)
                 return False
@@ -107,6 +110,11 @@ class GroupSharing:
             self._said.add(reason)
             what = "Prompts are prefilled" if generation else "Prompts are processed"
             _LOG.warning("%s once per completion, because %s.", what, reason)
+
+    def release(self) -> None:
+        """Leave the models with the attention that they came with."""
+        for features in self._features.values():
+            uninstall(features.model)
 
     def forget(self) -> None:
         """Drop what media were encoded to: the next forward encodes them again."""
@@ -163,7 +171,7 @@ class GroupSharing:
             if entropy is not None:
                 entropies = entropies.index_copy(0, index.flatten(), entropy.flatten(0, 1).to(logps.dtype))
         if skipped:
-            logps = logps + zero_gradients(own, self.family, skipped)
+            logps = logps + zero_gradients(own, self.family, skipped, self.moved.names or None)
         return logps, entropies
 
     def _forwards(
@@ -241,7 +249,12 @@ class GroupSharing:
             pad: the id that prompts are padded with.
             device: where it runs.
         """
-        reason = generation_reason(config)
+        if max(map(len, prompts.ids)) < 2:  # nothing to prefill
+            return None
+        merged, _ = plain_model(model)._prepare_generation_config(
+            copy.deepcopy(config)
+        )  # what it leaves to the model's
+        reason = generation_reason(merged)
         if reason is not None:
             self.refuse(reason, generation=True)
             return None

@@ -41,7 +41,7 @@ def to_units(batch: dict[str, Any], size: int) -> dict[str, Any]:
     count = torch.arange(rows // size)  # what TRL's helpers count: the first entry
 
     def split(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim:
+        if isinstance(value, Tensor) and value.ndim and len(value) == rows:
             return list(value.split(size))
         if isinstance(value, (list, tuple)) and len(value) == rows:
             return [list(value[start : start + size]) for start in range(0, rows, size)]
