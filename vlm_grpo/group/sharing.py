@@ -251,14 +251,12 @@ class GroupSharing:
         """
         if max(map(len, prompts.ids)) < 2:  # nothing to prefill
             return None
-        merged, _ = plain_model(model)._prepare_generation_config(
-            copy.deepcopy(config)
-        )  # what it leaves to the model's
+        own = plain_model(model)
+        merged, _ = own._prepare_generation_config(copy.deepcopy(config))  # what it leaves open is the model's to say
         reason = generation_reason(merged)
         if reason is not None:
             self.refuse(reason, generation=True)
             return None
-        own = plain_model(model)
         features = self._features[id(own)]
         before = features.encodes
         try:
