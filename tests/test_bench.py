@@ -17,7 +17,7 @@ from vlm_grpo.bench.memory import PeakMemory, PeakTensors
 from vlm_grpo.bench.prompts import build_prompts
 from vlm_grpo.bench.shapes import build_model
 from vlm_grpo.cli import app
-from vlm_grpo.cli import bench as bench_command
+from vlm_grpo.cli.bench import bench as bench_command
 from vlm_grpo.errors import ConfigError
 
 SMALL = BenchOptions(

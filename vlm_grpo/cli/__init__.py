@@ -1,0 +1,17 @@
+"""The command line: one thin function a command. Nothing heavy is imported before a command runs."""
+
+# isort: off
+from . import train
+from . import chat
+from . import demo
+from . import bench
+
+# isort: on
+from .base import app
+
+__all__ = ["app", "bench", "chat", "demo", "main", "train"]
+
+
+def main() -> None:
+    """The ``vlm-grpo`` command."""
+    app()
