@@ -20,6 +20,7 @@ class _Commands(TyperGroup):
     """User errors become one sentence on stderr and exit code 2; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        ours = logging.getLogger("vlm_grpo")
         try:
             return super().invoke(ctx)
         except VLMGRPOError as error:
@@ -32,6 +33,8 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             say("Stopped. The same command again continues from the last checkpoint, if one was written.")
             raise typer.Exit(130) from error
+        finally:
+            ours.propagate = True
 
 
 def say(text: str) -> None:
@@ -75,5 +78,6 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     ours = logging.getLogger("vlm_grpo")
     ours.setLevel(logging.INFO)
+    ours.propagate = False  # during the command: libraries give the root logger handlers that would say it twice
     if not any(isinstance(handler, _OnScreen) for handler in ours.handlers):
         ours.addHandler(_OnScreen())
