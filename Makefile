@@ -10,7 +10,7 @@ READY := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint venv clean
+.PHONY: help demo test test-all test-matrix gpu lint venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,13 +19,19 @@ demo: $(READY) ## Watch a small model learn, about two minutes on a CPU; MODALIT
 	$(BIN)/python -m vlm_grpo demo --modality $(MODALITY) $(ARGS)
 
 test: $(READY) ## Run the quick tests on a CPU
-	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not network" $(ARGS)
 
-test-all: $(READY) ## Run the slow tests too, and those for a GPU where there is one
+test-all: $(READY) ## Run the slow tests too, and those that need a GPU or a package index where there is one
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(PYTEST) -m gpu $(ARGS) || test $$? -eq 5; \
 	else echo "No GPU here: the tests marked gpu were left out."; fi
+
+test-matrix: $(READY) ## Try the Unsloth patch on published releases of unsloth_zoo, which pip fetches the first time
+	NETWORK=required $(PYTEST) -m network $(ARGS)
+
+gpu: $(READY) ## Measure on a GPU what only a GPU can show, ten minutes; ARGS="--phases contest", see tests/gpu/README.md
+	$(BIN)/python tests/gpu/suite.py $(ARGS)
 
 lint: $(READY) ## Check style, import order between modules, and types
 	$(BIN)/ruff check .

@@ -26,9 +26,19 @@ def _linear4bit() -> Any:
     return importlib.import_module("bitsandbytes.nn").Linear4bit
 
 
+def _works() -> bool:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    try:
+        _linear4bit()
+    except (ImportError, OSError, RuntimeError, AttributeError):  # installed, and without a library for this machine
+        return False
+    return True
+
+
 def _loses_gradients() -> bool | None:
     """A train forward of a `Linear4bit` on a CPU, after one in eval mode, leaves its input without a gradient."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not _works():
         return None
     import torch
 
@@ -55,11 +65,14 @@ def _forbid_packing() -> None:
         setattr(linear, _FLAG, _NeverPack())
 
 
+def _never_packs() -> bool:
+    return _works() and isinstance(vars(_linear4bit()).get(_FLAG), _NeverPack)
+
+
 def _allow_packing() -> None:
-    linear = _linear4bit()
     with _LOCK:
-        if isinstance(vars(linear).get(_FLAG), _NeverPack):
-            delattr(linear, _FLAG)
+        if _never_packs():
+            delattr(_linear4bit(), _FLAG)
 
 
 CPU_PACKING = Patch(
@@ -69,6 +82,7 @@ CPU_PACKING = Patch(
     reference="bitsandbytes.nn.Linear4bit.forward, bitsandbytes.autograd.matmul_4bit (0.49-0.50)",
     remove_when="matmul_4bit computes gradients for packed weights, or a train forward unpacks them.",
     probe=_loses_gradients,
+    in_place=_never_packs,
     apply=_forbid_packing,
     undo=_allow_packing,
 )

@@ -7,6 +7,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["needed", "not needed", "applied", "cannot be tried here"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Patch:
         remove_when: what must be true upstream before this record can be deleted.
         probe: does the library, as it stands now, show the fault? Tried, never read off a version number. None where
             it cannot be tried, because the library is missing or does not work on this machine.
+        in_place: whether the change is in force in this process now.
         apply: make the change; a second call does nothing. Raises when the place to change is gone.
         undo: put the library back; without a change in place, does nothing.
     """
@@ -29,8 +33,16 @@ class Patch:
     reference: str
     remove_when: str
     probe: Callable[[], bool | None]
+    in_place: Callable[[], bool]
     apply: Callable[[], object]
     undo: Callable[[], object]
+
+    def state(self) -> State:
+        """How things stand in this process. Tries the library, imports it if need be, changes nothing."""
+        if self.in_place():
+            return "applied"
+        needed = self.probe()
+        return "cannot be tried here" if needed is None else "needed" if needed else "not needed"
 
     def ensure(self) -> bool:
         """Apply the change if the probe finds the fault; whether it did."""

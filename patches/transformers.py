@@ -1,4 +1,4 @@
-"""transformers: answering in the place of one method of one model, for a while or from now on."""
+"""transformers: its own trainer, and answering in the place of one method of one model, for a while or from now on."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -6,6 +6,42 @@ from contextlib import contextmanager
 from typing import Any
 
 from .ledger import Patch
+from .own import own_methods
+
+# The methods that compute a step, an evaluation, or what is logged of them. Unsloth puts its own in their place when it
+# loads a model. In the releases tried, none changed a figure of a trainer of ours; but which is active depends on the
+# order of imports, they are rewritten with each release, and ``training_step`` asks only the outermost module whether
+# the model is in training, so that a part in evaluation stays there without checkpointing. What Unsloth wraps around
+# the other methods looks after where its models lie (offloaded embeddings, several GPUs, old optimizer states): it
+# computes nothing, is needed with its models, and stays.
+_COMPUTING = (
+    "_inner_training_loop",
+    "training_step",
+    "compute_loss",
+    "get_batch_samples",
+    "prediction_step",
+    "floating_point_ops",
+)
+
+
+def own_trainer(before_step: Callable[[], None]) -> type:
+    """A ``Trainer`` that computes by transformers' own methods, whatever was put in their place before or will be.
+
+    Args:
+        before_step: called before each micro-batch: what a replaced ``training_step`` would have done beside.
+    """
+    from transformers import Trainer  # here: whoever only reads this file's records may still import Unsloth first
+
+    namespace = own_methods("transformers.trainer", "Trainer", _COMPUTING)
+    step = namespace["training_step"]
+
+    @functools.wraps(step)
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before_step()
+        return step(self, *args, **kwargs)
+
+    doc = "``transformers.Trainer``, whose steps are computed by the methods that transformers' own file defines."
+    return type("OwnTrainer", (Trainer,), {**namespace, "training_step": training_step, "__doc__": doc})
 
 
 @contextmanager

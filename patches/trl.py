@@ -2,60 +2,27 @@
 
 import functools
 import importlib
-import importlib.util
-import sys
 import threading
 import types
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..losses import chunked_logps
 from .ledger import Patch
+from .own import own_class
 
 _LOCK = threading.RLock()
 
 
 def own_grpo_trainer() -> type:
     """TRL's own ``GRPOTrainer``, also after another library has replaced ``trl.GRPOTrainer`` by its own."""
-    return _own_class("grpo_trainer", "GRPOTrainer")
+    return own_class("trl.trainer.grpo_trainer", "GRPOTrainer")
 
 
 def own_grpo_config() -> type:
     """TRL's own ``GRPOConfig``, also after another library has replaced ``trl.GRPOConfig`` by its own."""
-    return _own_class("grpo_config", "GRPOConfig")
-
-
-def _own_class(module_name: str, class_name: str) -> type:
-    live = importlib.import_module(f"trl.trainer.{module_name}")
-    for candidate in getattr(live, class_name).__mro__:
-        if candidate.__name__ == class_name and _is_defined_in(candidate, live):
-            return candidate
-    # The name was rebound, not the source file: run that file once more under a private name.
-    return getattr(_private_copy(live), class_name)
-
-
-def _is_defined_in(candidate: type, module: ModuleType) -> bool:
-    """By the file of its code: ``__module__`` is a label that a generated class may copy."""
-    functions = [value for value in vars(candidate).values() if hasattr(value, "__code__")]
-    return any(function.__code__.co_filename == module.__file__ for function in functions)
-
-
-def _private_copy(live: ModuleType) -> ModuleType:
-    name = live.__name__.replace("trl.trainer.", "trl.trainer._vlm_grpo_own_")
-    with _LOCK:
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, live.__file__)
-            assert spec is not None and spec.loader is not None, f"{live.__name__} has no source file"
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            try:
-                spec.loader.exec_module(module)
-            except BaseException:
-                del sys.modules[name]
-                raise
-        return sys.modules[name]
+    return own_class("trl.trainer.grpo_config", "GRPOConfig")
 
 
 def add_fused_head(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -160,6 +127,7 @@ LOG_PROBS = Patch(
     reference="trl.trainer.utils._ChunkedLogProbFunction (TRL 1.15)",
     remove_when="TRL's fused head has a plain torch path.",
     probe=_cpu_log_probs_fail,
+    in_place=lambda: _utils()._ChunkedLogProbFunction is _LogProbs,
     apply=_dispatch_log_probs,
     undo=_restore_log_probs,
 )

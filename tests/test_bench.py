@@ -4,18 +4,23 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from published import PUBLISHED
+from real_unsloth import environment
 from typer.testing import CliRunner, Result
 
-from vlm_grpo.bench import BenchOptions, run_bench
+from vlm_grpo.bench import BenchOptions, published, run_bench
 from vlm_grpo.bench.compare import relative_l2
-from vlm_grpo.bench.measure import Meter
+from vlm_grpo.bench.contest import Contest, contenders, run_contender, run_contest, summary
 from vlm_grpo.bench.memory import PeakMemory, PeakTensors
 from vlm_grpo.bench.prompts import build_prompts
-from vlm_grpo.bench.shapes import build_model
+from vlm_grpo.bench.shapes import build_model, build_processor
+from vlm_grpo.bench.timing import Meter, PhaseMeter
 from vlm_grpo.cli import app
 from vlm_grpo.cli.bench import bench as bench_command
 from vlm_grpo.errors import ConfigError
@@ -212,9 +217,156 @@ def test_the_commands_defaults_are_the_fixed_shape():
     assert {name: usual[name] for name in usual.keys() & given.keys()} == {
         name: given[name] for name in usual.keys() & given.keys()
     }
-    assert given.keys() - usual.keys() == {"as_json", "plot"}
+    of_a_contest = {"against", "shape", "prompts_per_step", "load_in_4bit", "memory_gib", "models"}
+    assert given.keys() - usual.keys() == {"as_json", "plot", *of_a_contest}
 
 
 def test_options_cannot_be_of_no_modality():
     with pytest.raises(ConfigError, match='modality="smell"'):
         BenchOptions(modality="smell")  # type: ignore[arg-type]
+
+
+# ---- whole trainers against each other -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", published.SHAPES)
+def test_a_published_shape_has_the_published_number_of_parameters(name):
+    shape = published.SHAPES[name]
+    processor = build_processor(published.shaped(BenchOptions(modality=shape.modality), name))
+    model = published.meta_model(name, processor.tokenizer)
+    assert sum(weight.numel() for weight in model.parameters()) == shape.parameters
+    (known,) = [entry for entry in PUBLISHED.items() if entry[0].split("/")[1].startswith(shape.title)]
+    assert known[1][2] == shape.parameters and {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_shape_is_written_whole_and_once(tmp_path, monkeypatch):
+    """What is loaded has every weight, and logits that are neither flat nor certain."""
+    import transformers
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128}
+    shape = published.SHAPES["qwen2.5-vl-3b"]
+    text = {**shape.text, **sizes, "num_attention_heads": 1, "num_key_value_heads": 1}
+    tower = {**shape.tower, "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1}
+    tower |= {"out_hidden_size": 128, "fullatt_block_indexes": [0]}
+    small = dataclasses.replace(shape, text=text, tower=tower, parameters=0)
+    monkeypatch.setitem(published.SHAPES, "qwen2.5-vl-3b", small)
+    folder = published.write_model("qwen2.5-vl-3b", SMALL, tmp_path, "cpu")
+    assert (
+        folder == published.write_model("qwen2.5-vl-3b", SMALL, tmp_path, "cpu") and len(list(tmp_path.iterdir())) == 1
+    )
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.lm_head.weight is model.get_input_embeddings().weight, "tied, as published"
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert len(processor.tokenizer) == 128 and processor.chat_template
+    logits = model(input_ids=torch.tensor([[20, 30, 40]])).logits.float()
+    assert logits.isfinite().all() and 0.05 < logits.std() < 3
+
+
+def test_who_stands_against_whom():
+    assert contenders("trl") == ("trl", "ours")
+    assert contenders("unsloth,trl") == ("unsloth", "trl", "ours-unsloth", "ours")
+    with pytest.raises(ConfigError, match="--against vllm: needs trl, unsloth, or both"):
+        contenders("vllm")
+    with pytest.raises(ConfigError, match="neither trains on audio"):
+        Contest(replace(SMALL, modality="audio"), ("trl", "ours"))
+    with pytest.raises(ConfigError, match="takes no audio. Give --modality image"):
+        Contest(replace(SMALL, modality="audio"), ("ours",), "qwen2.5-vl-3b")
+    with pytest.raises(ConfigError, match="shape='gpt'"):
+        Contest(SMALL, ("ours",), "gpt")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="only a GPU's memory"):
+        Contest(SMALL, ("ours",), memory_gib=24)
+
+
+def test_misuse_of_against_is_told_in_one_sentence():
+    assert "has a use only with --against" in refused("--shape", "qwen2.5-vl-3b")
+    assert refused("--against", "vllm") == "--against vllm: needs trl, unsloth, or both: trl,unsloth."
+    assert "a sweep has no --against" in refused("--against", "trl", "--num-generations", "2,4")
+    assert refused("--against", "trl", "--prompts-per-step", "one") == (
+        "--prompts-per-step one: needs a whole number, or several as in 2,4,8,16."
+    )
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in refused("--against", "trl", "--device", "cuda")
+
+
+def said(prompts: int, seconds: float, warm_up: bool = False, peak: int = 5) -> dict:
+    phases = {"process": 0.1, "generate": 1.0, "old_ref_logps": 0.0, "forward_backward": 0.5, "other": 0.2}
+    peaks = {"generate": [3, 7], "forward_backward": [peak, 9], "other": [None, None]}
+    more = {"phases": phases, "peaks": peaks, "prompt_tokens": 12, "completion_tokens": 4}
+    return {"event": "step", "prompts": prompts, "warm_up": warm_up, "seconds": seconds, **more}
+
+
+def test_a_row_is_the_medians_and_the_highest_by_hand():
+    lines = [{"event": "loaded", "seconds": 9.0, "peak": [2, 2]}, {"event": "note", "message": "fell back"}]
+    lines += [
+        said(1, 50.0, warm_up=True, peak=8),
+        said(1, 2.0),
+        said(1, 4.0),
+        said(1, 3.0),
+        said(8, 30.0, warm_up=True),
+    ]
+    row = summary("trl", 1, [*lines, {"event": "error", "prompts": None, "kind": "out of time", "message": "stopped"}])
+    assert row["seconds"] == 3.0 and row["rounds"] == [2.0, 4.0, 3.0] and "error" not in row
+    assert row["peak_bytes"] == 8 and row["peak_reserved_bytes"] == 9, "the warm-up needs memory too"
+    assert row["peaks"]["process"] == [None, None] and row["load_seconds"] == 9.0 and row["notes"] == ["fell back"]
+    late = summary("trl", 8, [*lines, {"event": "error", "prompts": None, "kind": "out of time", "message": "stopped"}])
+    assert late["error"] == "out of time: stopped" and "seconds" not in late
+    full = summary("trl", 8, [*lines, {"event": "error", "prompts": 8, "kind": "out of memory", "message": "CUDA"}])
+    assert full["error_kind"] == "out of memory" and "error" not in summary("trl", 1, lines)
+    assert summary("ours", 2, lines)["error"] == "not reached"
+
+
+@pytest.mark.slow
+def test_a_contender_that_breaks_or_hangs_is_a_row_with_an_error(tmp_path):
+    broken = run_contender(Contest(SMALL, ("ours",)), "ours", tmp_path / "nothing", tmp_path)
+    assert broken[-1]["event"] == "error" and "ours.json" not in str(broken[-1])
+    assert broken[-1]["kind"] == "ConfigError" and "does not exist" in broken[-1]["message"]
+    slow = run_contender(Contest(SMALL, ("ours",), limit=0.2), "ours", tmp_path / "nothing", tmp_path)
+    assert slow == [{"event": "error", "prompts": None, "kind": "out of time", "message": "stopped after 0 s"}]
+
+
+def test_what_belongs_to_no_phase_counts_for_other(monkeypatch):
+    meter = PhaseMeter(torch.device("cpu"))
+    monkeypatch.setattr(meter, "_now", iter([0.0, 1.0, 3.0, 7.0, 8.0, 8.0]).__next__)
+    meter.reset()
+    with meter.phase("generate"):
+        pass
+    assert meter.finish() == 8.0
+    assert meter.seconds["generate"] == 2.0 and sum(meter.seconds.values()) == pytest.approx(8.0)
+
+
+@pytest.mark.slow
+def test_trl_and_ours_in_processes_of_their_own(tmp_path):
+    out = tmp_path / "contest.png"
+    case = (*ON_COMMAND_LINE, "--against", "trl", "--num-generations", "2", "--prompt-tokens", "120")
+    result = call(
+        *case, "--prompts-per-step", "1,2", "--json", "--plot", str(out), "--models", str(tmp_path / "models")
+    )
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1 and "ours, prompts a step: 2" in result.stderr
+    figures = json.loads(result.stdout)
+    rows = figures["contenders"]
+    assert [(row["contender"], row["prompts_per_step"]) for row in rows] == [
+        (name, count) for name in ("trl", "ours") for count in (1, 2)
+    ]
+    for row in rows:
+        assert row["prompt_tokens"] == 120 and row["completion_tokens"] == 4 and "error" not in row
+        assert sum(row["phases"].values()) == pytest.approx(row["seconds"], rel=1e-3), (
+            "one round: they make up the step"
+        )
+        assert row["phases"]["generate"] > 0 and row["peak_bytes"] != 0
+    assert out.read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "models").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_unsloth_and_ours_on_the_real_unsloth(tmp_path):
+    paths = str(Path(__file__).parent / "gpu" / "on_cpu")
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join([paths, variables["PYTHONPATH"]])
+    case = replace(SMALL, max_completion_length=4, num_generations=2)
+    result = run_contest(Contest(case, contenders("unsloth"), warm_up=1, environment=variables))
+    assert [row["name"] for row in result["contenders"]] == ["Unsloth", "ours on Unsloth"]
+    for row in result["contenders"]:
+        assert row.get("error") is None and row["seconds"] > 0 and row["completion_tokens"] == 4
+        assert row["prompt_tokens"] == 120 and row["phases"]["forward_backward"] > 0 and "notes" not in row
+    assert "unsloth" in result["versions"]

@@ -130,6 +130,8 @@ CASES: dict[str, tuple[dict[str, str | None], list | None, str]] = {
     "torn model": ({"model": "unfinished"}, None, "unfinished"),
     "lora on nothing": ({"lora": None, "lora.targets": "[nope]"}, None, "'nope' matches no module"),
     "lora off": ({"lora": None, "lora.language": "false"}, None, "nothing would be trained"),
+    "4-bit without adapters": ({"lora": None, "load-in-4bit": ""}, None, "load_in_4bit without lora: 4-bit weights"),
+    "adapters nowhere": ({"lora": "true", "language": "full"}, None, 'language="full" beside lora: an adapter'),
     "unsloth here": ({"backend": "unsloth"}, None, 'backend="unsloth": '),
     # --- rewards
     "no such reward": ({"reward": "acuracy"}, None, 'Did you mean "accuracy"?'),

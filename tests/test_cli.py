@@ -169,7 +169,7 @@ def test_names_of_predecessors_are_explained_on_stderr(run: Recorder):  # covers
     result = call(*BASE, "--grpo_beta", "0.1", "--grpo-alpha", "0.5", "--tune_mm_vision", "true")
     assert result.exit_code == 0
     _, config, _ = run.calls[-1]
-    assert config.train == {"beta": 0.1} and config.lora == LoraOptions(vision=True)
+    assert config.train == {"beta": 0.1} and config.lora is None and config.vision == "full"
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 3 and all(line.startswith("Note: ") and line.endswith(".") for line in lines)
     assert "Note: grpo_beta is train.beta here." in lines
@@ -257,10 +257,15 @@ def test_chat_and_demo_pass_their_options_on(monkeypatch: pytest.MonkeyPatch):
     result = call("chat", "runs/x", "--image", "a.png", "--image", "b.png", "--prompt", "?", "--max-new-tokens", "9")
     assert result.exit_code == 0, result.output
     assert call("chat", "runs/x").exit_code == 0
-    nothing = {"videos": None, "audios": None}
+    nothing = {"videos": None, "audios": None, "system": None, "temperature": 0.0}
+    nothing |= {"compare_base": False, "stream": True, "as_json": False}
     assert calls == [("runs/x", ["a.png", "b.png"], "?", 9, nothing), ("runs/x", None, None, 256, nothing)]
     assert call("chat", "runs/x", "--video", "v.mp4", "--audio", "s.wav").exit_code == 0
-    assert calls[-1] == ("runs/x", None, None, 256, {"videos": ["v.mp4"], "audios": ["s.wav"]})
+    assert calls[-1] == ("runs/x", None, None, 256, {**nothing, "videos": ["v.mp4"], "audios": ["s.wav"]})
+    options = ("--system", "s", "--temperature", "0.5", "--compare-base", "--no-stream", "--json")
+    assert call("chat", "runs/x", *options).exit_code == 0
+    given = {"system": "s", "temperature": 0.5, "compare_base": True, "stream": False, "as_json": True}
+    assert calls[-1] == ("runs/x", None, None, 256, nothing | given)
     assert call("demo", "--seed", "5", "--output", "o", "--json", "--full").exit_code == 0
     assert calls[-1] == {"modality": "image", "seed": 5, "output": "o", "as_json": True, "full": True}
     assert call("demo", "--modality", "smell").exit_code == 2
@@ -294,3 +299,26 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "vlm_grpo", "train", "--model", "m"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == "train: no training rows. Give --data FILE.jsonl, or data: in the config file."
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("No module named 'av'", name="av"), "(No module named 'av')"),
+        (RuntimeError("operator torchvision::nms does not exist"), "(operator torchvision::nms does not exist)"),
+    ],
+)
+def test_a_broken_installation_is_said_in_one_sentence(monkeypatch, error, said):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("vlm_grpo.chat.chat", broken)
+    done = call("chat", "run", "--prompt", "hi")
+    assert done.exit_code == 2
+    assert done.stderr.strip() == (
+        f"An installed package cannot be imported {said}. vlm-grpo doctor says which one and what to do."
+    )
+    error.args = ("something else",)
+    if isinstance(error, ImportError):
+        error.name = "vlm_grpo.chat"
+    assert call("chat", "run", "--prompt", "hi").exception is error, "a bug keeps its traceback"

@@ -176,12 +176,16 @@ TRANSLATED: dict[str, tuple[Any, str, Any]] = {
     "finetune_language_layers": (False, "lora.language", False),
     "finetune_attention_modules": (False, "lora.attention", False),
     "finetune_mlp_modules": (False, "lora.mlp", False),
-    "use_gradient_checkpointing": ("unsloth", "train.gradient_checkpointing", True),
+    "use_gradient_checkpointing": ("unsloth", "train.gradient_checkpointing", "unsloth"),
     "grpo_sample_size": (4, "train.num_generations", 4),
     "grpo_sample_num": (4, "train.num_generations", 4),
     "grpo_beta": (0.1, "train.beta", 0.1),
-    "tune_mm_llm": (False, "lora.language", False),
-    "tune_mm_vision": (True, "lora.vision", True),
+    "tune_mm_llm": (False, "language", "off"),
+    "tune_mm_vision": (True, "vision", "full"),
+    "tune_mm_mlp": (True, "projector", "full"),
+    "mm_projector_lr": (1e-5, "train.projector_learning_rate", 1e-5),
+    "vision_tower_lr": (1e-6, "train.vision_learning_rate", 1e-6),
+    "freeze_multi_modal_projector": (False, "projector", "full"),
     "data_path": ("a.jsonl", "data.train", "a.jsonl"),
     "eval_data_path": ("a.jsonl", "data.eval", "a.jsonl"),
     "model_max_length": (4096, "max_seq_length", 4096),
@@ -246,6 +250,14 @@ def test_every_name_of_a_predecessor_becomes_ours_or_is_explained(name: str, tmp
         message = refusal(None, None, **model, **{name: 12})
         assert message == f"command line: {name}=12: {PREDECESSORS[name].say}."
         assert load_config(None, None, {**model, name: None}).notes, "switched off, it changes nothing"
+
+
+def test_tuning_the_language_model_beside_lora_means_its_adapters():  # covers Q6
+    tuned = {"model": "m", "tune_mm_llm": True, "tune_mm_vision": False, "tune_mm_mlp": True}
+    assert str(load_config(None, None, tuned).parts) == "language, projector in full"
+    for asked in ({"use_peft": True}, {"lora_r": 8}, {"lora": True}):
+        assert str(load_config(None, None, {**tuned, **asked}).parts) == "language by LoRA; projector in full"
+    assert load_config(None, None, {**tuned, "use_peft": False}).language == "full"
 
 
 def test_two_names_for_one_thing_must_agree(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Held-out figures: the interval, what counts, what blanking takes away, and a model that is left as it was."""
 
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -9,8 +10,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from vlm_grpo.errors import MediaError
-from vlm_grpo.evaluate import evaluate, wilson
+from vlm_grpo.errors import MediaError, RewardError
+from vlm_grpo.evaluate import accuracy_of_learned, evaluate, wilson
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,16 @@ def test_a_broken_picture_names_its_row(built):
     data = [*rows(2), {"prompt": tiny.prompt(), "images": [b"junk"], "answer": "x"}]
     with pytest.raises(MediaError, match="row 3 of the evaluation"):
         evaluate(model, processor, data, batch_size=2, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("column", ["completion", "answer"])
+def test_a_warm_start_is_scored_by_the_text_that_it_learns(built, column):
+    model, processor = built
+    plain = [{key: value for key, value in row.items() if key != "answer"} for row in rows(3)]
+    right = evaluate(model, processor, plain, score=lambda completions, **_: [1.0] * 3, max_new_tokens=2).answers
+    texts = [right[0], [{"role": "assistant", "content": right[1]}], "another"]
+    data = [{**row, column: text} for row, text in zip(plain, texts, strict=True)]
+    score: dict = {"score": partial(accuracy_of_learned, column), "max_new_tokens": 2}
+    assert evaluate(model, processor, data, **score, shown_too=[column]).correct == [True, True, False]
+    with pytest.raises(RewardError, match=f'there is no column "{column}"'):
+        evaluate(model, processor, plain, **score, shown_too=[column])

@@ -573,6 +573,33 @@ def test_a_mistake_is_found_out(fault, tmp_path, monkeypatch, caplog, largest):
     assert_same(shared, plain, largest, "after a mistake")
 
 
+def sharp(times: float) -> tuple[Any, Any]:
+    """A bf16 model whose logits are as large as trained models' are, and so is the rounding of each."""
+    model, processor = tiny.build("qwen2_5_vl")
+    with torch.no_grad():
+        model.model.language_model.norm.weight.mul_(times)
+    return with_adapter(model).to(torch.bfloat16), processor
+
+
+@pytest.mark.parametrize("times", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_large_logits_of_few_bits_are_no_mistake(times, tmp_path, caplog):
+    model, processor = sharp(times)
+    options = {"beta": 0.1, "num_generations": 4, "max_completion_length": 16}
+    trainer = train(model, processor, rows("sizes"), tmp_path, **options)
+    assert not said(caplog) and not trainer.sharing.off and not trainer.sharing.off_in_generation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_mistake_is_found_out_in_few_bits(fault, tmp_path, monkeypatch, caplog):
+    model, processor = sharp(4)
+    data = rows("one" if fault is stale else "several")
+    data = [*data[:3], row("count four")] if fault is unpadded else data
+    fault(monkeypatch)
+    train(model, processor, data, tmp_path, sharing="auto", beta=0.1, num_iterations=2, max_completion_length=16)
+    assert said(caplog) and FAULTS[fault][0] in said(caplog)[0]
+
+
 # ---- where sharing would not be exact --------------------------------------------------------------------------------
 
 

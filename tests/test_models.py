@@ -303,7 +303,7 @@ def test_lora_options_beside_a_saved_adapter(folders, tmp_path):
     run = save_run(model, processor, tmp_path / "run")
     same, _ = load_model(run, lora=LoraOptions(r=2))  # the same options continue it
     torch.testing.assert_close(logits(same, processor), logits(model, processor), atol=0, rtol=0)
-    with pytest.raises(ConfigError, match=r"lora\.r is 4 but 2 in the adapter\. Leave lora out to continue"):
+    with pytest.raises(ConfigError, match=r"lora\.r is 4 but 2 in the adapter\. Leave that out to continue"):
         load_model(run, lora=LoraOptions(r=4))
     with pytest.raises(ConfigError, match=r"lora\.alpha is 32.0 but 16 .*; the options choose 24 modules .* has 14"):
         load_model(run, lora=LoraOptions(r=2, alpha=32, vision=True))
@@ -393,3 +393,14 @@ def test_importing_the_package_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_checkpoint_that_is_4_bit_already_loads_in_another_dtype(wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, processor = load_model(wide, load_in_4bit=True, dtype="bfloat16")
+    before = logits(model, processor).float()
+    save_run(model, processor, tmp_path / "four")
+    again, _ = load_model(tmp_path / "four", dtype="float32")
+    assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.float32}
+    after = logits(again, processor)
+    assert after.dtype == torch.float32 and (after - before).abs().max() < 0.1 * before.abs().max()

@@ -1,18 +1,20 @@
 """The ledger as a whole, then each patch; Unsloth's on functions that behave as its releases did, and on the real."""
 
+import dataclasses
 import importlib.util
-import json
 import os
-import re
-import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import reference
+import test_exact
+import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+from real_unsloth import REPLACE_TRL, run_script
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -20,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from vlm_grpo.errors import UnsupportedError
 from vlm_grpo.patches import bitsandbytes as bnb_patch
 from vlm_grpo.patches import ledger
-from vlm_grpo.patches import unsloth as unsloth_patch
-from vlm_grpo.patches.unsloth import apply_unsloth_patch, undo_unsloth_patch
+from vlm_grpo.patches import unsloth as patch_file
+from vlm_grpo.patches import unsloth_hooks as hooks
+from vlm_grpo.patches.unsloth import apply_unsloth_patch, undo_unsloth_patch, unsloth_patch
 
 README = Path(ledger.__file__).parent / "README.md"
 RECORDS = ledger.patches()
@@ -112,17 +115,17 @@ def _function(knows: tuple[str, ...], every_tower: bool, containers: bool = Fals
                 module.register_forward_hook(hook)
         children = [c for c in model.children() if any(p.requires_grad for p in c.parameters())]
         for child in children if every_tower else children[:1]:
-            getter = getattr(child, "get_input_embeddings", lambda child=child: child)
-            getter().register_forward_hook(requires_grad_post_hook)
+            getattr(child, "embed", child).register_forward_hook(requires_grad_post_hook)
 
     return requires_grad_for_gradient_checkpointing
 
 
+_ALL = ("loss", "logits", "log_probs", "last_hidden_state")
 RELEASES = {
     "zoo 2025.6.2": (_function(("loss",), False), True),
     "zoo 2025.6.3": (_function(("loss", "logits"), False), True),
     "zoo 2026.6.1": (_function(("loss", "logits", "last_hidden_state"), True), True),
-    "a release without the fault": (_function(("loss", "logits", "last_hidden_state"), True, True), False),
+    "a release without the fault": (_function(_ALL, True, True), False),
 }
 
 
@@ -211,8 +214,11 @@ def test_without_the_patch_adapters_of_the_second_tower_stay_untrained(install):
     assert trained_adapters(function) == 2  # the fault, silent
     install(function)
     report = apply_unsloth_patch()
-    assert "2 of 4 adapters under checkpointing get a gradient" in report.reason
-    assert re.fullmatch(r"Unsloth patch: applied to \S+ and \S+, because without it .+ \(.+\)\.", str(report))
+    assert "2 of 6 adapters under checkpointing get a gradient" in report.reason
+    first, tried, rebound, installed = str(report).splitlines()
+    assert first == f"Unsloth patch: applied, because {report.reason}."
+    assert "a tuple: fails" in tried and "adapters with a gradient under checkpointing: 2 of 6" in tried
+    assert rebound.count("requires_grad_for_gradient_checkpointing") == 2 and "torch 2" in installed
 
 
 @pytest.mark.parametrize(
@@ -293,6 +299,110 @@ def test_unsloth_patch_raises_when_its_target_is_gone(install):
         apply_unsloth_patch()
 
 
+def hooks_of(model) -> list:
+    return [hook for m in model.modules() for hook in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
+
+
+# covers U3, U4
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_model_hooked_before_the_patch_is_hooked_on_request_and_as_before_after_undo(install):
+    function, _ = RELEASES["zoo 2025.6.3"]
+    install(function)
+    model = TwoTowers()
+    function(model)
+    own = hooks_of(model)
+    with unsloth_patch(model) as report:
+        assert report.applied and report.hooks == 2  # the one that was there, mended, and the other tower's
+        assert "hooks set or mended on the model: 2" in str(report)
+        model(torch.tensor([[1, 2]])).logits.sum().backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lora.w" in n)
+        assert apply_unsloth_patch(model).hooks == 0  # once is enough
+    assert hooks_of(model) == own and len(own) == 1
+    with pytest.raises(ZeroDivisionError), unsloth_patch():
+        raise ZeroDivisionError
+    assert not hasattr(sys.modules["unsloth.models.vision"].requires_grad_for_gradient_checkpointing, hooks.ORIGINAL)
+
+
+def test_the_context_manager_leaves_in_place_what_was(install):
+    zoo, _ = install(RELEASES["zoo 2025.6.2"][0])
+    apply_unsloth_patch()
+    with unsloth_patch() as report:
+        assert report.reason == "it is already in place" and report.probed["logits without a loss"] == "fails"
+    assert hasattr(zoo.requires_grad_for_gradient_checkpointing, hooks.ORIGINAL)
+
+
+def test_hooks_hold_no_model(install):
+    import gc
+    import weakref
+
+    zoo, _ = install(RELEASES["zoo 2025.6.3"][0])
+    apply_unsloth_patch()
+    model = TwoTowers()
+    zoo.requires_grad_for_gradient_checkpointing(model)
+    holder = weakref.ref(model)
+    del model
+    gc.collect()
+    assert holder() is None
+    undo_unsloth_patch()  # and there is nothing to trip over
+
+
+@pytest.mark.parametrize("state", ["needed", "not needed", "applied", "cannot be tried here"])
+def test_a_record_says_how_things_stand(state):
+    found = {"needed": True, "not needed": False, "applied": True, "cannot be tried here": None}[state]
+    record = dataclasses.replace(RECORDS[0][1], probe=lambda: found, in_place=lambda: state == "applied")
+    assert record.state() == state
+
+
+def test_records_say_so_where_their_library_does_not_work(monkeypatch):
+    def broken(name, *rest):
+        raise RuntimeError("no library for this machine")
+
+    monkeypatch.setattr(bnb_patch.importlib, "import_module", broken)
+    assert bnb_patch.CPU_PACKING.state() == "cannot be tried here"
+    bnb_patch.CPU_PACKING.undo()
+
+
+# Layers by their names, in towers for vision and sound as well: a patch embedding's own projection too.
+_LAYERS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|qkv|proj|up_proj|down_proj|linear_1|ffw_layer_1)"
+
+
+def reached(model, processor, kinds) -> set[str]:
+    """The adapters that get a gradient from one prompt of each kind."""
+    model.zero_grad()
+    for kind in kinds:
+        logits = model(**reference.encode(processor, test_exact.row("count one", (kind, 0, 0)))).logits
+        weights = torch.sin(torch.arange(logits.numel()).float()).reshape(logits.shape)
+        if logits.requires_grad:
+            (logits * weights).sum().backward()
+    return {n for n, p in model.named_parameters() if "lora_" in n and p.grad is not None and p.grad.any()}
+
+
+# covers U4
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("family", tiny.KINDS)
+def test_under_checkpointing_hooks_reach_every_adapter_of_every_tower(family):
+    model, processor = tiny.build(family)
+    config = LoraConfig(r=2, target_modules=_LAYERS, exclude_modules=r".*\.experts\..*")
+    model = get_peft_model(model, config).train()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    expected = reached(model, processor, tiny.KINDS[family])
+    assert len(expected) >= 20
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for module in model.modules():  # transformers' own hooks for this, which Unsloth removes
+        for key, hook in list(module._forward_hooks.items()):
+            if "make_inputs_require_grads" in hook.__qualname__:
+                del module._forward_hooks[key]
+    others = hooks_of(model)
+    hooks.hook_model(model)
+    assert reached(model, processor, tiny.KINDS[family]) == expected
+    hooks.unhook_models()
+    assert hooks_of(model) == others
+
+
 # ---- Unsloth: this machine -------------------------------------------------------------------------------------------
 
 
@@ -314,40 +424,34 @@ def test_without_a_gpu_nothing_is_imported_or_changed(monkeypatch):
     monkeypatch.delenv("UNSLOTH_ALLOW_CPU", raising=False)
     modules, environment = set(sys.modules), dict(os.environ)
     report = apply_unsloth_patch()
-    assert str(report).startswith(
-        "Unsloth patch: not applied, because there is no CUDA device, which Unsloth needs (uns"
-    )
+    assert str(report).startswith("Unsloth patch: not applied, because there is no CUDA device, which Unsloth needs.")
     assert set(sys.modules) == modules and dict(os.environ) == environment
     undo_unsloth_patch()
 
 
 def test_an_unsloth_that_cannot_be_imported_is_reported(monkeypatch):
-    monkeypatch.setattr(unsloth_patch, "why_not_unsloth", lambda: "")
+    monkeypatch.setattr(patch_file, "why_not_unsloth", lambda: "")
     for error in (NotImplementedError("no accelerator\nsecond line"), ImportError("no triton"), RuntimeError("odd")):
 
         def fails(name, error=error):
             raise error
 
-        monkeypatch.setattr(unsloth_patch.importlib, "import_module", fails)
+        monkeypatch.setattr(patch_file.importlib, "import_module", fails)
         assert apply_unsloth_patch().reason == f"Unsloth cannot be imported here ({str(error).splitlines()[0]})"
 
 
-# The real stack: Unsloth lets driverless machines in by its own switch, and asks for one device's properties.
-REAL = """
-    import json, sys, types
-    import torch
-    card = dict(name="none", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1, warp_size=32)
-    card |= dict(max_threads_per_multi_processor=2048, gcnArchName="", shared_memory_per_block_optin=101376)
-    card |= dict(shared_memory_per_block=49152, regs_per_multiprocessor=65536, L2_cache_size=1 << 20, is_integrated=0)
-    torch.cuda.get_device_properties = lambda *args, **kwargs: types.SimpleNamespace(**card)
+# ---- Unsloth: the real one, in processes of its own ------------------------------------------------------------------
 
-    from vlm_grpo import LoraOptions, apply_unsloth_patch, load_model, undo_unsloth_patch
+LOADS = """
+    import json
+    import torch
+    from vlm_grpo import LoraOptions, apply_unsloth_patch, load_model, undo_unsloth_patch, unsloth_patch
     from vlm_grpo.patches.unsloth import ADAPTER_GRADIENTS
-    report = apply_unsloth_patch()
-    undo_unsloth_patch()
-    healed = [ADAPTER_GRADIENTS.probe()]
-    apply_unsloth_patch()
-    healed.append(ADAPTER_GRADIENTS.probe())
+
+    states = [ADAPTER_GRADIENTS.state()]
+    with unsloth_patch() as report:
+        states.append(ADAPTER_GRADIENTS.state())
+    states.append(ADAPTER_GRADIENTS.state())
 
     import tiny
     from vlm_grpo.models.families import family_of, is_target, lora_targets
@@ -376,88 +480,77 @@ REAL = """
     processor.save_pretrained("run")
     again, again_processor = load_model("run", **options)
     untrained_again, logits_again = step(again, again_processor)
+
+    undo_unsloth_patch()
+    hooked_late = apply_unsloth_patch(again).hooks
+    again.zero_grad()
+    untrained_late, _ = step(again, again_processor)
     print(json.dumps({
-        "applied": report.applied, "needed": report.needed, "patched": report.patched, "healed": healed,
+        "applied": report.applied, "needed": report.needed, "patched": report.patched, "states": states,
+        "probed": report.probed, "text": str(report),
         "untrained": untrained, "untrained_again": untrained_again, "seed": torch.initial_seed(),
         "adapted": sorted(n for n, m in base.named_modules() if hasattr(m, "lora_A")),
         "chosen": sorted(n for n, _ in base.named_modules() if is_target(n, targets)),
         "reload": (logits - logits_again).abs().max().item(), "checkpointing": again.is_gradient_checkpointing,
         "scaling": next(m.scaling["default"] for m in base.modules() if hasattr(m, "lora_A")),
+        "hooked_late": hooked_late, "untrained_late": untrained_late,
     }))
 """
-
-
-def on_the_real_unsloth(script: str, folder: Path, **environment: str) -> dict:
-    """Run ``script`` where Unsloth takes the CPU for a GPU; the JSON of its last line."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    switches = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1"}
-    paths = os.pathsep.join([str(Path(__file__).parent), str(README.parents[1])])
-    switches |= {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **switches}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # covers U2, U3, U4
 @pytest.mark.slow
 def test_the_real_unsloth_loads_trains_and_reloads_every_adapter(tmp_path):
-    seen = on_the_real_unsloth(REAL, tmp_path, UNSLOTH_RETURN_LOGITS="1")
+    seen = run_script(LOADS, tmp_path, UNSLOTH_RETURN_LOGITS="1")
     assert seen["applied"] and seen["needed"] and len(seen["patched"]) == 2
-    assert seen["healed"] == [True, False]
+    assert seen["states"] == ["needed", "applied", "needed"]
+    assert seen["probed"]["logits without a loss"] == "fine" and seen["probed"]["a tuple"] == "fails"
+    assert "unsloth_zoo 20" in seen["text"].splitlines()[-1]
     assert seen["adapted"] == seen["chosen"] and len(seen["adapted"]) == 2 * (4 + 3) + 2 * (2 + 3)
     assert seen["untrained"] == [] and seen["untrained_again"] == []
     assert seen["reload"] == 0 and seen["checkpointing"] and seen["scaling"] == 2.0
     assert seen["seed"] == 11  # the caller's seed survives
+    assert seen["hooked_late"] >= 2 and seen["untrained_late"] == []  # adapters that were there before the patch
 
 
-TRAINS = """
-    import json, logging, types
-    import torch
-    torch.cuda.get_device_properties = lambda *a, **k: types.SimpleNamespace(
-        name="none", total_memory=8 << 30, major=8, minor=0, multi_processor_count=1, warp_size=32,
-        max_threads_per_multi_processor=2048, gcnArchName="", shared_memory_per_block_optin=101376,
-        shared_memory_per_block=49152, regs_per_multiprocessor=65536, L2_cache_size=1 << 20, is_integrated=0)
-    import os
-    import unsloth
-    os.environ["UNSLOTH_ALLOW_CPU"] = "0"
-    from unsloth.models.rl import PatchFastRL
-    PatchFastRL(FastLanguageModel=unsloth.FastVisionModel)
-    os.environ["UNSLOTH_ALLOW_CPU"] = "1"
-    import trl
-    import reference, recorder, tiny
-    from datasets import Dataset
-    from test_exact import differences, rows
-    from vlm_grpo import LoraOptions, VLMGRPOTrainer
-    from vlm_grpo.models import unsloth as backend
+TRAINS = (
+    REPLACE_TRL
+    + """
+import json
+import trl
+import recorder, tiny
+from datasets import Dataset
+from test_exact import differences, rows
+from vlm_grpo import LoraOptions, VLMGRPOTrainer, load_model
 
-    tiny.save("qwen2_5_vl", "model")
-    lora = LoraOptions(r=4, alpha=8, vision=True)
-    model, processor = backend.load(os.path.abspath("model"), False, lora, "float32", 512, True)
-    data = rows("mixed")
-    trainer = recorder.Recorder(
-        model, recorder.reward, recorder.config("out", max_steps=2, beta=0.1, gradient_checkpointing=True),
-        Dataset.from_list(data), None, processor)
-    trainer.train()
-    base = trainer.model.get_base_model()
-    modes = {layer.training for name, layer in base.named_modules() if name.endswith(("layers.0", "blocks.0"))}
-    print(json.dumps({
-        "replaced": trl.GRPOTrainer.__module__,
-        "own": [cls.__module__ for cls in VLMGRPOTrainer.__mro__ if cls.__name__ == "GRPOTrainer"],
-        "modes": sorted(modes),
-        "difference": max(differences(trainer, processor, data)),
-        "steps": trainer.state.global_step,
-        "norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
-        "kl": [log["kl"] for log in trainer.state.log_history if "kl" in log],
-    }))
+lora = LoraOptions(r=4, alpha=8, vision=True)
+model, processor = load_model(
+    tiny.save("qwen2_5_vl", "model"), backend="unsloth", lora=lora, dtype="float32", max_seq_length=512,
+    gradient_checkpointing=True)
+data = rows("mixed")
+trainer = recorder.Recorder(
+    model, recorder.reward, recorder.config("out", max_steps=2, beta=0.1, gradient_checkpointing=True),
+    Dataset.from_list(data), None, processor)
+trainer.train()
+base = trainer.model.get_base_model()
+modes = {layer.training for name, layer in base.named_modules() if name.endswith(("layers.0", "blocks.0"))}
+print(json.dumps({
+    "replaced": trl.GRPOTrainer.__module__,
+    "own": [cls.__module__ for cls in VLMGRPOTrainer.__mro__ if cls.__name__ == "GRPOTrainer"],
+    "modes": sorted(modes),
+    "difference": max(differences(trainer, processor, data)),
+    "steps": trainer.state.global_step,
+    "norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
+    "kl": [log["kl"] for log in trainer.state.log_history if "kl" in log],
+}))
 """
+)
 
 
 @pytest.mark.slow
 def test_the_trainer_runs_on_the_real_unsloth(tmp_path):
     # covers U2 U5; Unsloth has replaced trl.GRPOTrainer, and its generate leaves a model in inference mode
-    seen = on_the_real_unsloth(TRAINS, tmp_path)
+    seen = run_script(TRAINS, tmp_path)
     assert "trl.trainer" not in seen["replaced"] and seen["own"][0].startswith("trl.trainer")
     assert seen["modes"] == [True], "layers in inference mode are not checkpointed"
     assert seen["difference"] <= 1e-4

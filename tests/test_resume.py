@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from test_exact import with_adapter
 
-from vlm_grpo import RunConfig, checkpoint, run
+from vlm_grpo import RunConfig, VLMSFTConfig, VLMSFTTrainer, checkpoint, run
+from vlm_grpo.errors import CheckpointError
 
 REWARD = """
 def pattern(completions, completion_ids, **columns):
@@ -23,6 +26,7 @@ SETTINGS = {
     "num_iterations 2": {"num_iterations": 2, "max_steps": 18},
     "steps_per_generation 2x": {"steps_per_generation": 2, "max_steps": 18},
     "pretrained adapter, beta": {"beta": 0.1, "max_steps": 9},
+    "no adapter, beta": {"beta": 0.1, "learning_rate": 1e-3, "max_steps": 9},
 }
 
 
@@ -53,7 +57,7 @@ def config(material: Path, output: Path, setting: str) -> RunConfig:
     pretrained = setting == "pretrained adapter, beta"
     return RunConfig(
         model=str(material / ("adapter" if pretrained else "model")),
-        lora=None if pretrained else {"r": 4, "alpha": 8, "vision": True},
+        lora=None if setting.endswith("adapter, beta") else {"r": 4, "alpha": 8, "vision": True},
         data=str(material / "rows.jsonl"),
         rewards=[f"{material / 'rewards.py'}:pattern"],
         output=str(output),
@@ -162,11 +166,11 @@ def check(setting: str, chosen: list[int], material: Path, folder: Path, largest
             gaps = [abs((a[key] or 0) - (b[key] or 0)) for a, b in zip(found, expected, strict=True)]
             largest(f"resume, {setting}", key, max(gaps))
             assert max(gaps) <= 1e-6, (moment, key)
-        same = (output / "adapter_model.safetensors").read_bytes()
-        assert same == (whole / "adapter_model.safetensors").read_bytes(), moment
+        name = "model.safetensors" if setting == "no adapter, beta" else "adapter_model.safetensors"
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), moment
 
 
-@pytest.mark.parametrize(("setting", "chosen"), zip(SETTINGS, ([2, 7], [5, 6], [3, 6], [0, 8]), strict=True))
+@pytest.mark.parametrize(("setting", "chosen"), zip(SETTINGS, ([2, 7], [5, 6], [3, 6], [0, 8], [7]), strict=True))
 def test_kill_nine(setting, chosen, material, tmp_path, largest):
     # covers Q10; two moments a setting, one of them late; the slow test has all ten
     check(setting, chosen, material, tmp_path, largest)
@@ -211,9 +215,32 @@ def test_root_adapter_is_restored_beside_ref(material, tmp_path):
     assert not any(".ref." in n for n in changed)
 
 
-def test_foreign_checkpoint_is_a_sentence(material, tmp_path):
-    from vlm_grpo.errors import CheckpointError
+def test_the_best_checkpoint_of_a_whole_model_is_taken_at_the_end(tmp_path):
+    """transformers reads it by the names of the modules, which are not those that it was written under."""
+    model, processor = tiny.build("qwen2_5_vl")
+    rows = Dataset.from_list([{"prompt": tiny.prompt("count one", 0), "completion": "red"}] * 2)
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "lr_scheduler_type": "constant"}
+    quiet = {"report_to": "none", "disable_tqdm": True, "max_steps": 3, "learning_rate": 1.0}
+    args = VLMSFTConfig(str(tmp_path), **best, **quiet)
+    trainer = VLMSFTTrainer(model, args, rows, rows, processing_class=processor)
+    trainer.train()
+    losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert min(losses) < losses[-1], "a later step is worse"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 
+
+def test_a_whole_model_with_a_weight_missing_is_a_sentence(tmp_path):
+    model, _ = tiny.build("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the weight model.language_model.norm.weight is not in it"):
+        checkpoint._restore_whole_model(model, tmp_path)
+
+
+def test_foreign_checkpoint_is_a_sentence(material, tmp_path):
     with pytest.raises(CheckpointError, match="is no folder"):
         run.train(config(material, tmp_path / "run", "defaults"), resume_from_checkpoint=str(tmp_path / "none"))
 

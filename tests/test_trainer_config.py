@@ -16,7 +16,8 @@ from transformers import TrainingArguments
 
 from vlm_grpo.config import load_config
 from vlm_grpo.errors import ConfigError, UnsupportedError, VLMGRPOError
-from vlm_grpo.patches.trl import _private_copy, own_grpo_config
+from vlm_grpo.patches.own import private_copy
+from vlm_grpo.patches.trl import own_grpo_config
 from vlm_grpo.trainer_config import (
     _CHOICES,
     VLMGRPOConfig,
@@ -102,6 +103,7 @@ def test_defaults_are_trls_but_for_ours():
         "on_overlong": "drop",
         "group_sharing": "auto",
         "group_attention": "reference",
+        **dict.fromkeys(("vision_learning_rate", "audio_learning_rate", "projector_learning_rate")),
     }
     for name in ("disable_dropout", "gradient_check", "gradient_report", "flow_check", "max_prompt_length"):
         assert "%" not in VLMGRPOConfig.__dataclass_fields__[name].metadata["help"], (
@@ -126,7 +128,7 @@ def test_a_plain_config_keeps_every_value():  # covers U5
 
 
 def test_another_librarys_generated_config_is_accepted():  # covers U5
-    other = _private_copy(trl.trainer.grpo_config).GRPOConfig
+    other = private_copy(trl.trainer.grpo_config).GRPOConfig
     assert not issubclass(other, own_grpo_config())
 
     @dataclasses.dataclass
@@ -188,11 +190,14 @@ def test_a_plain_config_is_refused_for_the_same_reasons():
         VLMGRPOConfig.of(plain)
 
 
+OUR_CHOICES = ("on_overlong", "group_sharing", "group_attention", "gradient_checkpointing")
+
+
 def test_our_list_of_choices_is_trls():
     source = inspect.getsource(trl.trainer.grpo_trainer)
     for name, choices in _CHOICES.items():
         assert _default(VLMGRPOConfig.__dataclass_fields__[name]) in choices
-        for choice in choices if name not in ("on_overlong", "group_sharing", "group_attention") else ():  # ours
+        for choice in choices if name not in OUR_CHOICES else ():
             assert isinstance(choice, bool) or f'"{choice}"' in source or f"'{choice}'" in source, choice
 
 

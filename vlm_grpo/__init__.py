@@ -20,8 +20,10 @@ _HOMES = {
     "load_data": "data",
     "scan_media": "data.scan",
     "load_rewards": "rewards",
+    "export_run": "export",
     "apply_unsloth_patch": "patches.unsloth",
     "undo_unsloth_patch": "patches.unsloth",
+    "unsloth_patch": "patches.unsloth",
     "VLMGRPOError": "errors",
 }
 __all__ = [*_HOMES, "__version__"]
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from .data import load_data as load_data
     from .data.scan import scan_media as scan_media
     from .errors import VLMGRPOError as VLMGRPOError
+    from .export import export_run as export_run
     from .models import load_model as load_model
     from .patches.unsloth import apply_unsloth_patch as apply_unsloth_patch
     from .patches.unsloth import undo_unsloth_patch as undo_unsloth_patch
+    from .patches.unsloth import unsloth_patch as unsloth_patch
     from .rewards import load_rewards as load_rewards
     from .sft import VLMSFTConfig as VLMSFTConfig
     from .sft import VLMSFTTrainer as VLMSFTTrainer

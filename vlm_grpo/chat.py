@@ -1,19 +1,21 @@
-"""Talk to a trained run: one question, or a conversation about some pictures, videos or sounds."""
+"""Talk to a trained run: one question, or a conversation about pictures, videos and sounds, on a terminal or a pipe."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.prompt import Prompt
+from peft import PeftModel
 
-from .config import RunConfig, load_config
-from .data import to_sample
-from .encode import encode
-from .evaluate import greedy
+from .config import MediaOptions, RunConfig, load_config
+from .conversation import Conversation
+from .errors import ConfigError, MediaError
 from .folder import CONFIG
+from .media import KINDS, Kind, Medium
+from .media.check import check_medium
 from .models import load_model
+from .terminal import Terminal
 
-_LEAVE = {"", "exit", "quit", "/exit", "/quit"}
+_LOG = logging.getLogger("vlm_grpo")
 
 
 def chat(
@@ -24,46 +26,68 @@ def chat(
     *,
     videos: list[str] | None = None,
     audios: list[str] | None = None,
+    system: str | None = None,
+    temperature: float = 0.0,
+    compare_base: bool = False,
+    stream: bool = True,
+    as_json: bool = False,
 ) -> str:
-    """Answer ``prompt`` about some media greedily; without a prompt, hold a conversation on the terminal.
+    """Answer ``prompt`` about some media, printed; without a prompt, hold a conversation.
+
+    On a terminal questions and commands (``/help`` lists them) are read until ``/quit`` or the end of input; from a
+    pipe each line is one.
 
     Args:
-        run: a run folder, or anything ``load_model`` takes.
+        run: a run folder, one of its checkpoints, or anything ``load_model`` takes.
         images, videos, audios: media files, shown with the first question.
-        prompt: the question; None reads questions until an empty line.
+        prompt: the question; it may be empty beside media. None reads questions.
         max_new_tokens: longest answer, in tokens.
+        system: what stands before the first question.
+        temperature: 0 answers greedily.
+        compare_base: the model before training answers too, after the trained one; the conversation goes on with the
+            trained one's answer. Of an adapter, that is the same model with it off; of a run that trained the model
+            itself, the model it started from is loaded as well.
+        stream: print an answer token by token.
+        as_json: print a line of JSON a question instead: ``question``, ``answer``, ``base_answer``.
 
     Returns:
-        The last answer, also printed.
+        The last answer, of the trained model where both answer.
 
     Raises:
-        MediaError: a medium that cannot be opened.
+        MediaError, EncodingError: a medium that cannot be opened, or that the model does not take.
+        OverlongError: the prompt has more tokens than the model has positions.
+        ConfigError: no such run, or nothing to compare it with.
     """
     config = _config(run)
+    media = config.media if config is not None else MediaOptions()
+    given: dict[Kind, list[str]] = {
+        kind: list(paths or []) for kind, paths in zip(KINDS, (images, videos, audios), strict=True)
+    }
+    _check_files(given, media)
     model, processor = load_model(run, **_as_trained(config))
-    media = config.media if config is not None else None
-    model.eval()
-    console, answer = Console(), ""
-    messages: list[dict[str, Any]] = []
-    question = prompt if prompt is not None else _ask()
-    while question is not None:
-        given = {"image": images, "video": videos, "audio": audios} if not messages else {}
-        parts = [
-            {"type": kind, kind: str(Path(path).expanduser())} for kind, paths in given.items() for path in paths or []
-        ]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
-        answer = greedy(
-            model, processor, [encode(processor, to_sample({"prompt": messages}), media=media)], max_new_tokens
-        )[0]
-        console.print(answer, markup=False, highlight=False, soft_wrap=True)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        question = None if prompt is not None else _ask()
-    return answer
+    conversation = Conversation(
+        model,
+        processor,
+        media=media,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        template=_template(config),
+    )
+    talk = Terminal(conversation, lambda: _base(run, config, model), given, stream=stream, as_json=as_json)
+    if compare_base:
+        talk.switch("both")
+    if prompt is not None:
+        return talk.ask(prompt)
+    return talk.hold(run)
 
 
 def _config(run: str) -> RunConfig | None:
-    file = Path(run).expanduser() / CONFIG
-    return load_config(file) if file.is_file() else None
+    """The config of a run folder, or of the run that a checkpoint belongs to."""
+    folder = Path(run).expanduser()
+    places = [folder, folder.absolute().parent] if folder.name.startswith("checkpoint-") else [folder]
+    file = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+    return load_config(file) if file is not None else None
 
 
 def _as_trained(config: RunConfig | None) -> dict[str, Any]:
@@ -73,9 +97,28 @@ def _as_trained(config: RunConfig | None) -> dict[str, Any]:
     return {"load_in_4bit": config.load_in_4bit, "dtype": config.dtype, "backend": config.backend}
 
 
-def _ask() -> str | None:
-    try:
-        text = Prompt.ask("[bold]you[/bold] (empty line to leave)", default="", show_default=False).strip()
-    except EOFError:
+def _template(config: RunConfig | None) -> dict[str, Any]:
+    return dict(config.train.get("chat_template_kwargs") or {}) if config is not None else {}
+
+
+def _check_files(given: dict[Kind, list[str]], options: MediaOptions) -> None:
+    """Refuse a missing or broken file before a model is loaded for minutes."""
+    for kind, paths in given.items():
+        for path in paths:
+            medium = Medium.of(path, kind)
+            problem = check_medium(medium, "headers", options, options.audio_in_video)
+            if problem:
+                raise MediaError(f'The {kind} "{medium.label}" {problem}. Correct the path, or replace the file.')
+
+
+def _base(run: str, config: RunConfig | None, model: Any) -> Any:
+    """The model a run started from, or None where the run's model is that one once its adapter is off."""
+    if isinstance(model, PeftModel):
         return None
-    return None if text.lower() in _LEAVE else text
+    if config is None:
+        raise ConfigError(
+            f"{run} has no adapter, and no {CONFIG} that names the model it was trained from: there is nothing to "
+            "compare it with. Give a run folder, or ask without the base."
+        )
+    _LOG.info("This run trained the model itself: %s is loaded beside it, with as much memory again.", config.model)
+    return load_model(config.model, **_as_trained(config))[0]

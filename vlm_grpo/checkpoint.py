@@ -5,16 +5,24 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from .errors import CheckpointError
+from .patches.transformers import own_trainer
+from .patches.unsloth_modes import at_step_boundary
+
+if TYPE_CHECKING:
+    from transformers import Trainer as OwnTrainer
+else:
+    OwnTrainer = own_trainer(before_step=at_step_boundary)
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
@@ -95,7 +103,7 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-class ExactCheckpoints(Trainer):
+class ExactCheckpoints(OwnTrainer):
     """Sits between TRL's trainer and transformers': writes checkpoints atomically, restores all that they hold.
 
     A subclass adds what must survive in ``_resume_state`` and takes it back in ``_load_resume_state``.
@@ -166,9 +174,12 @@ class ExactCheckpoints(Trainer):
         return f"resume_state_{self.args.process_index}.pt"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint = Path(resume_from_checkpoint)
-        _restore_root_adapter(self.model if model is None else model, checkpoint)
+        checkpoint, restored = Path(resume_from_checkpoint), self.model if model is None else model
+        if self._is_whole_model(restored, checkpoint):
+            _restore_whole_model(restored, checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            _restore_root_adapter(restored, checkpoint)
         file = checkpoint / self._resume_file()
         if file.is_file():
             self._load_resume_state(torch.load(file, map_location="cpu", weights_only=True))
@@ -177,6 +188,37 @@ class ExactCheckpoints(Trainer):
                 f"{checkpoint} has no state for process {self.args.process_index} of {self.args.world_size}: it was "
                 "written by fewer. Continue with as many processes as before."
             )
+
+    def _load_best_model(self) -> None:
+        checkpoint = Path(str(self.state.best_model_checkpoint))
+        if self._is_whole_model(self.model, checkpoint):
+            _restore_whole_model(self.model, checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_whole_model(self, model: Any, checkpoint: Path) -> bool:
+        """Whether a checkpoint holds all weights of a model, rather than an adapter or pieces for several processes."""
+        apart = is_peft_model(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not apart and isinstance(model, PreTrainedModel) and any(checkpoint.glob("model*.safetensors"))
+
+
+def _restore_whole_model(model: Any, checkpoint: Path) -> None:
+    """Restore a model without adapters.
+
+    transformers writes weights under the names of the model's published checkpoints, and its trainer reads them by the
+    names of the modules: where the two differ, it restores nothing and goes on.
+
+    Raises:
+        CheckpointError: a weight is not in the checkpoint.
+    """
+    # float32 holds every other number type; the model's own comes back as the values are copied.
+    options: dict[str, Any] = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}
+    saved, found = type(model).from_pretrained(checkpoint, **options)
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint}: the weight {min(found['missing_keys'])} is not in it. Continue from another checkpoint."
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def _restore_root_adapter(model: Any, checkpoint: Path) -> None:

@@ -8,144 +8,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
+from .options import DataOptions as DataOptions
+from .options import LoraOptions as LoraOptions
+from .options import MediaOptions as MediaOptions
+from .options import Options
+from .options import RewardSpec as RewardSpec
+from .parts import PARTS, Part, Parts, parts_of
 from .predecessors import PREDECESSORS, translate
+from .sentences import Location, as_sentence
 from .yaml_text import dump_yaml, parse_value, read_yaml
 
 Backend = Literal["auto", "unsloth", "hf"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Options(BaseModel):
-    # coerce_numbers_to_str: `output: 2026` in YAML is a number, and a fine folder name.
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, coerce_numbers_to_str=True, ser_json_inf_nan="constants"
-    )
-
-
-class LoraOptions(_Options):
-    """Which low-rank adapters are trained."""
-
-    r: int = Field(default=16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(default=16, gt=0, description="Scale of the adapters; an update is multiplied by alpha / r.")
-    dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Dropout on the adapters' input; GRPO turns it off unless train.disable_dropout is false.",
-    )
-    vision: bool = Field(default=False, description="Train adapters in the vision tower.")
-    language: bool = Field(default=True, description="Train adapters in the language model.")
-    attention: bool = Field(default=True, description="Train adapters on attention projections.")
-    mlp: bool = Field(default=True, description="Train adapters on MLP projections.")
-    targets: str | list[str] | None = Field(
-        default=None,
-        description="Module names, or one regular expression over full names, instead of the four switches.",
-    )
-
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> "LoraOptions":
-        if not self.targets and not ((self.vision or self.language) and (self.attention or self.mlp)):
-            raise ValueError(
-                f"nothing would be trained with vision={self.vision}, language={self.language}, "
-                f"attention={self.attention}, mlp={self.mlp}; switch on a tower and a kind of module, or give targets"
-            )
-        return self
-
-
-class DataOptions(_Options):
-    """Where the rows come from."""
-
-    train: str | None = Field(
-        default=None, description="Training rows: a .jsonl, .json, .parquet or .csv file, or a dataset name."
-    )
-    eval: str | None = Field(default=None, description="Held-out rows, in the same formats; never trained on.")
-    split: str = Field(default="train", description="Split of the training dataset, where it has several.")
-    eval_split: str | None = Field(
-        default=None, description="Split of the held-out dataset; unset takes its usual one."
-    )
-    limit: int | None = Field(default=None, ge=1, description="Use only the first so many training rows.")
-    media_root: str | None = Field(
-        default=None, description="Folder that relative media paths start from; unset: the data file's."
-    )
-
-
-class MediaOptions(_Options):
-    """How images, videos and sounds are opened, and what happens to those that cannot be."""
-
-    min_pixels: int | None = Field(
-        default=None, ge=1, description="Enlarge images and frames of fewer pixels; unset: the processor's own limit."
-    )
-    max_pixels: int | None = Field(
-        default=None, ge=1, description="Reduce images and frames of more pixels; unset: the processor's own limit."
-    )
-    min_frames: int = Field(default=4, ge=1, description="Fewest frames taken of a video (where it has as many).")
-    max_frames: int = Field(default=16, ge=1, description="Most frames taken of a video.")
-    base_interval: float | None = Field(
-        default=None, gt=0, description="Seconds between the frames taken of a video, within the two limits; unset: 1."
-    )
-    fps: float | None = Field(
-        default=None, gt=0, description="Frames taken a second: another way to say 1 / base_interval."
-    )
-    dynamic_sample: bool = Field(
-        default=False, description="Draw the number of frames between the two limits anew each epoch (seeded)."
-    )
-    audio_in_video: bool = Field(
-        default=False, description="Videos are heard too: their audio track goes to the model, where it can take it."
-    )
-    max_audio_seconds: float | None = Field(
-        default=None, gt=0, description="Keep so many seconds of each sound; unset: one too long for the model is bad."
-    )
-    scan: Literal["headers", "full", "off"] = Field(
-        default="headers",
-        description="Before training: open every medium and read its size (headers), decode it whole (full), or not.",
-    )
-    on_bad: Literal["error", "drop"] = Field(
-        default="error",
-        description="Bad media stop the run with a list, or their rows are dropped and counted.",
-    )
-
-    @classmethod
-    def of(cls, value: "MediaOptions | dict[str, Any] | None") -> "MediaOptions":
-        """The options themselves, from their values by name, or the defaults.
-
-        Raises:
-            ConfigError: an unknown name, or a value that cannot be.
-        """
-        if isinstance(value, cls):
-            return value
-        try:
-            return cls.model_validate(value or {})
-        except ValidationError as error:
-            raise _as_sentence(error, {}, ("media",)) from error
-
-    @model_validator(mode="after")
-    def _limits_agree(self) -> "MediaOptions":
-        for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
-            least, most = getattr(self, low), getattr(self, high)
-            given = self.model_fields_set & {low, high}
-            if least is not None and most is not None and least > most and len(given) == 1:
-                # The other is a default, which gives way; past the validation that would come back here.
-                object.__setattr__(self, low if high in given else high, getattr(self, given.pop()))
-                continue
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"{low}={least} is more than {high}={most}; swap them")
-        if self.fps is not None and self.base_interval is not None:
-            raise ValueError(f"fps={self.fps:g} and base_interval={self.base_interval:g} say the same; keep one")
-        return self
-
-
-class RewardSpec(_Options):
-    """One reward function and its weight."""
-
-    name: str = Field(min_length=1, description='A built-in reward, or "file.py:function", or "module:function".')
-    weight: float = Field(default=1.0, allow_inf_nan=False, description="Factor of this reward in the total.")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments bound to the reward function.")
-
-
-class RunConfig(_Options):
+class RunConfig(Options):
     """Everything one run is made of."""
 
     model: str = Field(min_length=1, description="Model folder, run folder or hub name to start from.")
@@ -163,6 +43,22 @@ class RunConfig(_Options):
     lora: LoraOptions | None = Field(
         default=None,
         description="Train LoRA adapters with these options (true: the defaults); unset trains the whole model.",
+    )
+    language: Part | None = Field(
+        default=None,
+        description="Train the language model by adapters (lora), all of its weights (full), or not (off); unset "
+        "follows lora.",
+    )
+    vision: Part | None = Field(
+        default=None, description="Train the vision tower: lora, full or off; unset follows lora."
+    )
+    audio: Part | None = Field(
+        default=None, description="Train the tower that encodes sounds: lora, full or off; unset: off beside lora."
+    )
+    projector: Part | None = Field(
+        default=None,
+        description="Train what maps features of media into the language model: lora, full or off; unset: off beside "
+        "lora.",
     )
     data: DataOptions = Field(default_factory=DataOptions, description="Training and held-out rows.")
     media: MediaOptions = Field(default_factory=MediaOptions, description="How media are opened and checked.")
@@ -185,6 +81,20 @@ class RunConfig(_Options):
     def notes(self) -> list[str]:
         """One line for each option of another project that was translated or left out."""
         return self._notes
+
+    @property
+    def parts(self) -> Parts:
+        """How each part of the model is trained."""
+        return parts_of(self.lora, self.load_in_4bit, {part: getattr(self, part) for part in PARTS})
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "RunConfig":
+        parts = self.parts
+        if self.lora is not None and not parts.by_name:
+            # As one of the two says it, so that the config which is written down contradicts nothing.
+            switches = {part: getattr(parts, part) == "lora" for part in parts.given & {"language", "vision"}}
+            object.__setattr__(self, "lora", self.lora.model_copy(update=switches))
+        return self
 
     @field_validator("data", mode="before")
     @classmethod
@@ -271,7 +181,7 @@ def load_config(
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise _as_sentence(error, origin) from error
+        raise as_sentence(error, _known_keys, origin) from error
     if config.lora and config.lora.dropout and config.train.get("disable_dropout") is not False:
         notes.append(
             f"lora.dropout={config.lora.dropout} acts in sft only: GRPO turns dropout off. "
@@ -340,7 +250,7 @@ def _merge(target: dict[str, Any], layer: dict[str, Any], source: str, origin: d
             target[key] = value
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: Location) -> list[str]:
     """The keys that are allowed beside the one at ``location``."""
     sections: dict[str, type[BaseModel]] = {
         "lora": LoraOptions,
@@ -350,39 +260,6 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     }
     model = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
     return list(model.model_fields)
-
-
-def _as_sentence(error: ValidationError, origin: dict[str, str], at: tuple[str, ...] = ()) -> ConfigError:
-    """The first problem pydantic found, said with its key, its value and where it was written."""
-    problems = error.errors()
-    # A misspelt key often is why another one is missing.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = at + problem["loc"]
-    path = ".".join(str(part) for part in location)
-    source = next((origin[p] for p in _prefixes(path) if p in origin), "config")
-    last = str(location[-1]) if location else ""
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location)
-        hint = nearest(last, known)
-        if not hint and len(location) == 1:
-            hint = f' Trainer options go under "train:" (train.{last}).'
-        return ConfigError(f'{source}: unknown key "{path}".{hint or " Known here: " + ", ".join(known) + "."}')
-    if problem["type"] == "missing":
-        if path != "model":
-            return ConfigError(f'{source}: "{path}" is needed. Give it.')
-        typo = nearest("model", list(problem["input"].get("train", {}))).replace("Did you mean", "Was it meant by")
-        return ConfigError(f"{source}: a model is needed. Give --model, or model: in the config file.{typo}")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = 'needs "key: value" lines, one option each'
-    message = message[:1].lower() + message[1:]
-    given = "" if problem["type"] == "value_error" else f" (given {problem['input']!r})"
-    return ConfigError(f"{source}: {path}: {message}{given}.")
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def require(config: RunConfig, command: str) -> None:
@@ -410,9 +287,9 @@ def diff(old: RunConfig | dict[str, Any], new: RunConfig | dict[str, Any]) -> li
     before, after = (_flat(resolved(c) if isinstance(c, RunConfig) else c) for c in (old, new))
     lines = []
     for key in [*before, *(k for k in after if k not in before)]:
-        a, b = before.get(key, "unset"), after.get(key, "unset")
+        a, b = before.get(key), after.get(key)  # a key that a folder's version did not have yet is unset there
         if _plain(a) != _plain(b):
-            lines.append(f"{key}: {a} → {b}")
+            lines.append(f"{key}: {'unset' if a is None else a} → {'unset' if b is None else b}")
     return lines
 
 

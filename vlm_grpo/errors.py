@@ -9,8 +9,10 @@ VLMGRPOError
 ├── RewardError (ValueError)          a reward that cannot be resolved or called
 ├── FlowError (RuntimeError)          media that do not reach the loss, or not as generation sees them
 ├── GradientError (RuntimeError)      a trained tower that receives no gradient
+├── NumbersError (FloatingPointError)  a loss, gradient, logit or weight that became NaN or infinite
 ├── SharingError (RuntimeError)       shared work in a group where it would not be exact
 ├── CheckpointError (RuntimeError)    a run folder that cannot be continued
+├── ExportError (RuntimeError)        an export that is not the run it was made from
 └── UnsupportedError (NotImplementedError)  a combination that has no test yet, or that cannot work here
 """
 
@@ -51,12 +53,20 @@ class GradientError(VLMGRPOError, RuntimeError):
     """A trained tower that receives no gradient."""
 
 
+class NumbersError(VLMGRPOError, FloatingPointError):
+    """A loss, a gradient, a logit or a weight that became NaN or infinite."""
+
+
 class SharingError(VLMGRPOError, RuntimeError):
     """Group sharing that was demanded where it would not be exact."""
 
 
 class CheckpointError(VLMGRPOError, RuntimeError):
     """A run folder that cannot be continued."""
+
+
+class ExportError(VLMGRPOError, RuntimeError):
+    """An export that is not the run it was made from, or that could not be made; nothing of it is kept."""
 
 
 class UnsupportedError(VLMGRPOError, NotImplementedError):

@@ -5,7 +5,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ from .errors import EncodingError, MediaError, OverlongError
 from .intake import Intake
 from .media.hearing import extractor_of
 from .models.families import family_of, placeholder_ids, placeholder_ids_by_kind, together
+from .models.modes import inference_mode
 from .rewards.accuracy import accuracy
+from .rewards.text import completion_text
 
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
@@ -69,6 +70,7 @@ def evaluate(
     template: dict[str, Any] | None = None,
     intake: Intake | None = None,
     progress: Callable[[int], None] | None = None,
+    shown_too: Sequence[str] = (),
 ) -> Evaluation:
     """Answer every row greedily and count the right answers.
 
@@ -83,6 +85,7 @@ def evaluate(
         template: keyword arguments of the chat template, as in training (``chat_template_kwargs``).
         intake: how rows are read, and what happens to those that cannot be; by default one that stops at them.
         progress: called with the number of rows done after each batch.
+        shown_too: columns that ``score`` reads though TRL keeps them from rewards, such as ``completion``.
 
     Raises:
         MediaError, EncodingError, OverlongError: a row cannot be used and the intake leaves none out.
@@ -92,15 +95,17 @@ def evaluate(
     scores: list[float | None] = []
     rows, pictures = undecoded(rows)
     done = 0
-    with _evaluation_mode(model):
+    with inference_mode(model):
         for batch in _batches(rows, batch_size):
             read = _read(intake, batch, done, blank)
             done += len(batch)
             if read:
-                ids = _greedy_ids(model, processor, [encoding for _, _, encoding in read], max_new_tokens)
-                texts = _decode(processor, ids)
+                ids = completion_tokens(model, processor, [encoding for _, _, encoding in read], max_new_tokens)
+                texts = decoded_texts(processor, ids)
                 shown = [decoded(row, pictures) for row, _, _ in read]
-                values = score(**_reward_arguments(shown, [sample for _, sample, _ in read], texts, ids))
+                arguments = _reward_arguments(shown, [sample for _, sample, _ in read], texts, ids)
+                arguments |= {name: [row.get(name) for row in shown] for name in shown_too if name in shown[0]}
+                values = score(**arguments)
                 scores += _awaited(values) if inspect.iscoroutine(values) else values
                 answers += texts
             if progress is not None:
@@ -109,6 +114,14 @@ def evaluate(
     scored = sum(value is not None for value in scores)
     right = sum(correct)
     return Evaluation(right / max(1, scored), wilson(right, scored), answers, correct, done - len(answers))
+
+
+def accuracy_of_learned(column: str, **columns: Any) -> list[float | None]:
+    """``accuracy`` against the text that a warm start learns, which may be messages."""
+    if column in columns:
+        texts = [completion_text(value) if isinstance(value, list) else value for value in columns[column]]
+        columns = {**columns, column: texts}
+    return accuracy(column=column, **columns)
 
 
 def _read(
@@ -131,17 +144,28 @@ def _read(
 
 
 def greedy(model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int) -> list[str]:
-    """The greedy completion of each encoded prompt, decoded without special tokens."""
-    return _decode(processor, _greedy_ids(model, processor, encodings, max_new_tokens))
+    """The greedy completion of each encoded prompt, decoded without special tokens. The model's mode is restored."""
+    return complete(model, processor, encodings, max_new_tokens)
 
 
-def _greedy_ids(model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int) -> list[list[int]]:
+def complete(
+    model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int, **options: Any
+) -> list[str]:
+    """As ``greedy``, with further arguments of ``generate``, such as a temperature or (for one prompt) a streamer."""
+    with inference_mode(model):
+        return decoded_texts(processor, completion_tokens(model, processor, encodings, max_new_tokens, **options))
+
+
+def completion_tokens(
+    model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int, **more: Any
+) -> list[list[int]]:
     """The tokens of each completion, up to and including the one that ends it."""
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options |= {"eos_token_id": sorted(ends) or None, **more}
     options["suppress_tokens"] = list(placeholder_ids(model.config, processor)) or None
     out: dict[int, list[int]] = {}
     for rows in together(family_of(model.config), encodings):
@@ -153,7 +177,7 @@ def _greedy_ids(model: Any, processor: Any, encodings: list[EncodedPrompt], max_
     return [out[row] for row in range(len(encodings))]
 
 
-def _decode(processor: Any, ids: list[list[int]]) -> list[str]:
+def decoded_texts(processor: Any, ids: list[list[int]]) -> list[str]:
     texts = getattr(processor, "tokenizer", processor).batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -187,13 +211,3 @@ def _batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -15,6 +15,7 @@ class Predecessor:
     say: str = ""  # the note's (or the refusal's) reason
     convert: Callable[[Any], Any] | None = None
     harmless: tuple[Any, ...] | None = None  # without `to`: values that may be left out; None: any value
+    beside_lora: Callable[[Any], Any] | None = None  # instead of `convert` where LoRA is asked for in the same place
 
 
 def _switch(value: Any) -> Any:
@@ -43,8 +44,15 @@ def _refused(say: str, *harmless: Any) -> Predecessor:
     return Predecessor(say=say, harmless=(None, False, *harmless))
 
 
-_LORA_ONLY = "adapters are trained there; the tower's own weights stay frozen"
-_ONE_RATE = "one learning rate serves every trained part in this version; give train.learning_rate"
+def _full(value: Any) -> Any:
+    return "full" if _is_true(value) else "off"
+
+
+def _adapters(value: Any) -> Any:
+    return "lora" if _is_true(value) else "off"
+
+
+_WHOLE = "true trains all of its weights, false none"
 
 PREDECESSORS: dict[str, Predecessor] = {
     # GRPO for Unsloth VLMs
@@ -52,17 +60,21 @@ PREDECESSORS: dict[str, Predecessor] = {
     "finetune_language_layers": _to("lora.language"),
     "finetune_attention_modules": _to("lora.attention"),
     "finetune_mlp_modules": _to("lora.mlp"),
-    "use_gradient_checkpointing": _to("train.gradient_checkpointing", convert=lambda v: v == "unsloth" or _is_true(v)),
+    "use_gradient_checkpointing": _to(
+        "train.gradient_checkpointing", convert=lambda v: v if v == "unsloth" else _is_true(v)
+    ),
     # GRPO for Qwen-VL video understanding
     "grpo_alpha": _left_out("the project that had it never used it; weigh rewards under rewards:, the KL term by beta"),
     "grpo_sample_size": _to("train.num_generations"),
     "grpo_sample_num": _to("train.num_generations"),
     "grpo_beta": _to("train.beta"),
-    "tune_mm_llm": _to("lora.language", _LORA_ONLY),
-    "tune_mm_vision": _to("lora.vision", _LORA_ONLY),
-    "tune_mm_mlp": _refused("the projector has no switch of its own; name its layers in lora.targets"),
-    "mm_projector_lr": _refused(_ONE_RATE),
-    "vision_tower_lr": _refused(_ONE_RATE),
+    "tune_mm_llm": Predecessor(
+        to="language", say=f"{_WHOLE}; beside LoRA, true trains its adapters", convert=_full, beside_lora=_adapters
+    ),
+    "tune_mm_vision": _to("vision", _WHOLE, _full),
+    "tune_mm_mlp": _to("projector", _WHOLE, _full),
+    "mm_projector_lr": _to("train.projector_learning_rate"),
+    "vision_tower_lr": _to("train.vision_learning_rate"),
     "data_path": _to("data.train"),
     "eval_data_path": _to("data.eval"),
     "image_folder": _to("data.media_root"),
@@ -106,7 +118,9 @@ PREDECESSORS: dict[str, Predecessor] = {
     "quantization_bit": _to("load_in_4bit", "4 is the only bit width", convert=lambda v: str(v) == "4"),
     "freeze_vision_tower": _to("lora.vision", convert=lambda v: not _is_true(v)),
     "freeze_language_model": _to("lora.language", convert=lambda v: not _is_true(v)),
-    "freeze_multi_modal_projector": _left_out("the projector is frozen unless lora.targets names its layers"),
+    "freeze_multi_modal_projector": _to(
+        "projector", "false trains all of its weights", convert=lambda v: _full(not _is_true(v))
+    ),
 }
 
 
@@ -122,17 +136,28 @@ def translate(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str,
     if isinstance(train, dict):
         foreign += [(f"train.{key}", key, train[key]) for key in train if key in PREDECESSORS]
         out["train"] = {key: value for key, value in train.items() if key not in PREDECESSORS}
+    asked = _asks_for_lora(out, foreign)
     for written, name, value in foreign:
         entry = PREDECESSORS[name]
+        convert = entry.beside_lora if asked and entry.beside_lora else entry.convert
         if entry.to is None:
             if entry.harmless is not None and value not in entry.harmless:
                 raise ConfigError(f"{source}: {written}={value}: {entry.say}.")
             notes.append(f"{written} is left out: {entry.say}.")
             continue
-        _place(out, entry.to, entry.convert(value) if entry.convert else value, f"{source}: {written}")
+        _place(out, entry.to, convert(value) if convert else value, f"{source}: {written}")
         if name != entry.to.rpartition(".")[2]:  # only its place is another, which nobody needs to know
             notes.append(f"{written} is {entry.to} here{': ' + entry.say if entry.say else ''}.")
     return out
+
+
+def _asks_for_lora(out: dict[str, Any], foreign: list[tuple[str, str, Any]]) -> bool:
+    """Whether options of LoRA stand in the same place: under our name or another's."""
+    for _, name, value in foreign:
+        if name == "use_peft" and not _is_true(value):
+            return False
+    switched = out.get("lora", False) not in (None, False)
+    return switched or any((PREDECESSORS[name].to or "").startswith("lora") for _, name, _ in foreign)
 
 
 def _place(out: dict[str, Any], key: str, value: Any, written: str) -> None:

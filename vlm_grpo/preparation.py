@@ -1,16 +1,26 @@
-"""After TRL's own set-up: a trainer's heads and reference, what it may sample, and what it refuses."""
+"""After TRL's own set-up: a trainer's heads and reference, its sharing and checks, what it may sample and refuses."""
 
 import copy
+import logging
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
+from .checks import GradientCheck, StepsCheck
 from .errors import ConfigError, DataFormatError, UnsupportedError
-from .models.families import family_of, placeholder_ids
+from .flow import FlowCheck
+from .group import GroupSharing, SharingReport, advice, unit_of
+from .models.families import family_of, placeholder_ids, tower_of
+from .numbers import NumbersCheck
 from .patches.trl import add_fused_head
+from .rewards import finite_reward
+from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
+
+_LOG = logging.getLogger("vlm_grpo")
 
 
 def mend_heads(trainer: Any) -> None:
@@ -55,6 +65,51 @@ def end_at_any_eos(trainer: Any) -> None:
     own = trainer.generation_kwargs.get("eos_token_id")
     own = [own] if isinstance(own, int) else own or []
     trainer.eos_token_ids = list(dict.fromkeys([*trainer.eos_token_ids, *own]))
+
+
+def refuse_bad_rewards(trainer: Any) -> None:
+    """A reward that is NaN or infinite stops the run, by the function's name. Those of models are looked at later."""
+    named = zip(trainer.reward_funcs, trainer.reward_func_names, strict=True)
+    trainer.reward_funcs = [f if isinstance(f, nn.Module) else finite_reward(f, name) for f, name in named]
+
+
+def share_groups(trainer: Any) -> None:
+    """What a group's completions share, with one line where the batch size breaks groups."""
+    args = trainer.args
+    trainer._unit = unit_of(args.per_device_train_batch_size, trainer.num_generations)
+    trainer.watch = Stopwatch()
+    trainer.sharing = GroupSharing(
+        family_of(trainer.model.config),
+        args.group_sharing,
+        trainer.placeholder_ids,
+        trainer.accelerator.autocast,
+        aux_loss=trainer.aux_loss_enabled,
+        fused=args.group_attention == "flex",
+    )
+    lost = advice(args.per_device_train_batch_size, trainer.num_generations)
+    if lost is not None and args.group_sharing is not False:
+        _LOG.warning(lost)
+
+
+def install_checks(trainer: Any) -> None:
+    """Numbers, gradients, steps, the flow of media, and the report of what was shared: each a callback."""
+    family, metrics = family_of(trainer.model.config), trainer._metrics["train"]
+    check = trainer.args.gradient_check and not trainer.is_deepspeed_enabled  # which keeps gradients to itself
+
+    def log(name: str, value: float) -> None:
+        metrics[name].append(value)
+
+    def replace(name: str, value: float) -> None:
+        metrics[name] = [value]
+
+    trainer._gradient_check = GradientCheck(
+        lambda name: tower_of(family, name), check, log if trainer.args.gradient_report else None
+    )
+    trainer.numbers = NumbersCheck(trainer, trainer._tokenizer, replace, trainer.sharing.forget)
+    trainer._flow_check = FlowCheck(trainer)
+    report = SharingReport(trainer.sharing, trainer.watch, log)
+    for callback in (trainer.numbers, trainer._gradient_check, StepsCheck, trainer._flow_check, report):
+        trainer.add_callback(callback)
 
 
 def check_size(dataset: Any, args: VLMGRPOConfig) -> None:

@@ -24,7 +24,7 @@ from .config import RunConfig, require, resolved
 from .data import load_data
 from .data.scan import scan_media
 from .errors import CheckpointError, ConfigError, MediaError, VLMGRPOError
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, accuracy_of_learned, evaluate
 from .folder import (
     CURVES,
     EVALUATION,
@@ -39,12 +39,11 @@ from .folder import (
     run_folder,
     write_json,
 )
-from .models import is_adapter, load_model
+from .models import check_trainable, is_adapter, load_model
 from .preparation import check_size
 from .progress import ProgressCallback
 from .report import draw_curves
 from .rewards import load_rewards
-from .rewards.accuracy import accuracy
 from .sft import VLMSFTConfig, VLMSFTTrainer
 from .trainer import VLMGRPOTrainer
 from .trainer_config import VLMGRPOConfig, build_args, one_line
@@ -121,6 +120,7 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
         "rows left out": sum(run.left_out.values()),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "device": str(args.device),
+        "trains": "the adapter of the run" if is_adapter(config.model) else str(config.parts),
         "starts": f"from {checkpoint.name}" if checkpoint else "from step 0",
     }
     if command == "train":
@@ -137,6 +137,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, command: str) -> None:
         require(config, command)
+        check_trainable(config.model, config.load_in_4bit, config.parts)
         self.command = command
         options = {**_RUN_DEFAULTS, **config.train}
         cls = VLMGRPOConfig if command == "train" else VLMSFTConfig
@@ -239,6 +240,10 @@ class _Run:
             backend=config.backend,
             load_in_4bit=config.load_in_4bit,
             lora=config.lora,
+            language=config.language,
+            vision=config.vision,
+            audio=config.audio,
+            projector=config.projector,
             dtype=self._dtype(),
             max_seq_length=config.max_seq_length,
             gradient_checkpointing=self.args.gradient_checkpointing,
@@ -246,7 +251,8 @@ class _Run:
 
     def _dtype(self) -> Any:
         """fp32 where the weights themselves are trained: half precision would round the optimizer's updates away."""
-        trains_weights = self.config.lora is None and not self.config.load_in_4bit and not is_adapter(self.config.model)
+        parts, quantized = self.config.parts, self.config.load_in_4bit
+        trains_weights = not parts.apart and not quantized and not is_adapter(self.config.model)
         return "float32" if trains_weights and self.config.dtype == "auto" else self.config.dtype
 
     def _trainer(self, model: Any, processor: Any) -> Any:
@@ -317,18 +323,20 @@ class _Run:
     def _evaluate(self, trainer: Any, title: str, blank: bool = False) -> Evaluation:
         assert self.held_out is not None, "callers asked"
         length = getattr(self.args, "max_completion_length", None) or 64
+        learned = [self.args.completion_column] if self.command == "sft" else []
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(title, total=len(self.held_out))
             return evaluate(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.processing_class,
                 self.held_out,
-                score=self.rewards[0] if self.rewards else partial(accuracy, column=self.args.completion_column),
+                score=self.rewards[0] if self.rewards else partial(accuracy_of_learned, *learned),
                 blank=blank,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=length,
                 intake=trainer.intake,
                 progress=lambda done: progress.update(task, completed=done),
+                shown_too=learned,
             )
 
 

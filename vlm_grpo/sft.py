@@ -4,14 +4,11 @@ The loss is the mean negative log-probability of the completion's tokens; prompt
 """
 
 import copy
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
 
@@ -24,11 +21,14 @@ from .encode import EncodedPrompt, completion_ids
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .intake import Intake
 from .models.families import family_of, placeholder_ids_by_kind, together, tower_of
+from .models.modes import pinned_forward
+from .numbers import FiniteNumbers, NumbersCheck
 from .patches.trl import LOG_PROBS, add_fused_head
+from .precision import float32_adapters, leave_float16
+from .rates import PartRates
 from .rewards.text import completion_text, written
+from .rows import candidates
 from .trainer_config import check_ranges, resolve_precision
-
-_MOST_TRIED = 100  # rows, in the place of one that cannot be used
 
 
 @dataclass
@@ -43,6 +43,20 @@ class VLMSFTConfig(TrainingArguments):
     )
     gradient_report: bool = field(
         default=False, metadata={"help": "Log at every step, per tower, how many trained parameters got a gradient."}
+    )
+    gradient_checkpointing: bool | Literal["unsloth"] = field(  # type: ignore[assignment]
+        default=False,
+        metadata={"help": 'Recompute activations; "unsloth" also moves them off the GPU, where Unsloth loaded it.'},
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+    )
+    audio_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the tower that encodes sounds. Default: learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of what maps features into the language model. Default: learning_rate."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are encoded from their columns."})
     max_prompt_length: int | None = field(
@@ -65,7 +79,7 @@ class VLMSFTConfig(TrainingArguments):
         super().__post_init__()
 
 
-class VLMSFTTrainer(ExactCheckpoints):
+class VLMSFTTrainer(FiniteNumbers, PartRates, ExactCheckpoints):
     """Learns the completions of ``prompt`` + media + completion rows.
 
     Args:
@@ -81,6 +95,7 @@ class VLMSFTTrainer(ExactCheckpoints):
         ConfigError: the dataset has no such column.
         DataFormatError: a row without a completion.
         GradientError: a trained tower receives no gradient on step 1.
+        NumbersError: a loss, a gradient or a weight became NaN or infinite.
     """
 
     def __init__(
@@ -106,6 +121,8 @@ class VLMSFTTrainer(ExactCheckpoints):
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        leave_float16(args, model)
+        float32_adapters(args, model)
         self.args: Any  # a VLMSFTConfig, which the base class declares as its own
         super().__init__(
             model=model,
@@ -136,6 +153,8 @@ class VLMSFTTrainer(ExactCheckpoints):
             args.gradient_check,
             self._gradient_metrics.__setitem__ if args.gradient_report else None,
         )
+        self.numbers = NumbersCheck(self, self.tokenizer, self._gradient_metrics.__setitem__)
+        self.add_callback(self.numbers)
         self.add_callback(self._gradient_check)
 
     def collate_rows(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +181,9 @@ class VLMSFTTrainer(ExactCheckpoints):
     def _encode_row(self, row: dict[str, Any], others: list[dict[str, Any]]) -> tuple[EncodedPrompt, list[int]]:
         """The row; where it cannot be used, another of its batch or of the dataset."""
         epoch = int(self.state.epoch or 0) if self.model is None or self.model.training else None
-        row, sample, encoding = self.intake.read_one_of(self._candidates(row, others), epoch=epoch)
+        row, sample, encoding = self.intake.read_one_of(
+            candidates(self, row, others, str(row.get("prompt"))), epoch=epoch
+        )
         value = row.get(self.args.completion_column)
         completion = completion_text(value) if isinstance(value, (str, list)) else written(value)
         if value is None or not completion:
@@ -170,15 +191,8 @@ class VLMSFTTrainer(ExactCheckpoints):
                 f'A row has no text in "{self.args.completion_column}" to learn: {str(row.get("prompt"))[:80]}. '
                 "Fill it in, or remove the row."
             )
+        self.numbers.said.samples[encoding] = sample
         return encoding, completion_ids(self.processing_class, sample, completion)
-
-    def _candidates(self, row: dict[str, Any], others: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        yield row
-        rows = self.train_dataset if self.model is None or self.model.training else self.eval_dataset
-        pool: Any = rows if isinstance(rows, Dataset) else others  # never a training row in an evaluation
-        draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{row.get('prompt')}")
-        for _ in range(_MOST_TRIED):
-            yield pool[draw.randrange(len(pool))]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -194,10 +208,13 @@ class VLMSFTTrainer(ExactCheckpoints):
             width, starts = own["input_ids"].size(1), own["attention_mask"].argmax(1).tolist()
             extra = [width - s - len(encodings[row].input_ids) for row, s in zip(rows, starts, strict=True)]
             media = collate([encodings[row] for row in rows], width, extra, own["input_ids"].device)
-            loss, outputs = super().compute_loss(model, {**own, **media, "fused_lm_head": True}, True, items)
+            with pinned_forward(model):
+                loss, outputs = super().compute_loss(model, {**own, **media, "fused_lm_head": True}, True, items)
             self._gradient_check.watch(outputs.log_probs, [encodings[row].senses for row in rows])
+            self.numbers.said.watch(outputs.log_probs, [encodings[row] for row in rows])
             losses.append(loss)
-        loss = sum(losses) / whole
+        loss: Any = sum(losses) / whole
+        self.numbers.note(loss, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _processes(self) -> int:

@@ -5,9 +5,6 @@ once, its encoding travels as one entry of a Python list in TRL's batches, and i
 """
 
 import copy
-import logging
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +13,47 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from trl.models.utils import (
-    disable_gradient_checkpointing,
-    unwrap_model_for_generation,
-)
+from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
-from .carry import Prompt, Row, Text
+from .carry import Row
 from .checkpoint import ExactCheckpoints
-from .checks import GradientCheck, LengthCheck, StepsCheck
+from .checks import LengthCheck
 from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
 from .data import MEDIA_COLUMNS, decoded, undecoded
 from .encode import EncodedPrompt
 from .errors import UnsupportedError
-from .flow import FlowCheck
-from .group import GroupSharing, SharingReport, advice, from_units, to_units, unique, unit_of, up_to_end
-from .intake import Intake
-from .models.families import family_of, placeholder_ids_by_kind, together, tower_of
+from .group import from_units, to_units, unique, up_to_end
+from .models.families import family_of, together
+from .models.modes import inference_mode, pinned_forward, restored, without_checkpointing
+from .numbers import FiniteNumbers
 from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, own_grpo_trainer
+from .precision import float32_adapters, leave_float16
 from .preparation import (
     check_processes,
     check_size,
     end_at_any_eos,
+    install_checks,
     install_reference,
     mend_heads,
+    refuse_bad_rewards,
+    share_groups,
     suppress_placeholders,
 )
 from .quantized import is_quantized, trainable_data, undo_bf16_adapters
+from .rates import PartRates
+from .rewards import check_finite
+from .rows import encoded_rows, make_intake
 from .scoring import Encodings, as_one_forward, forwards
 from .scoring import logps as plain_logps
-from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
 
 _TRLTrainer: Any = own_grpo_trainer()
-_LOG = logging.getLogger("vlm_grpo")
 
 
-# Rows tried in the place of one that cannot be used; more bad rows than good ones is a dataset to look at.
-_MOST_TRIED = 100
-
-
-class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
+class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
     """GRPO for prompts with images, videos, sounds and text in one batch. Takes what TRL's ``GRPOTrainer`` takes.
 
     Rows: ``prompt`` (messages, or a string to which the chat template has been applied) with media columns
@@ -87,6 +82,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         FlowError: a kind of medium does not reach the log-probabilities.
         GradientError: on step 1, see above.
         SharingError: ``group_sharing=True`` where it would not be exact.
+        NumbersError: a loss, a gradient, a generated logit or a weight became NaN or infinite.
+        RewardError: a reward that is NaN or infinite.
     """
 
     _tag_names = ["trl", "grpo", "vlm-grpo"]
@@ -119,6 +116,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 )
         check_size(train_dataset, args)
         LOG_PROBS.ensure()
+        leave_float16(args, model)
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root).expanduser()
@@ -149,52 +147,27 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
+        refuse_bad_rewards(self)
         mend_heads(self)
         if copies_reference:
             install_reference(self)
         if is_quantized(self.model):
             undo_bf16_adapters(self.model, adapters)
+        float32_adapters(args, self.model)
         self._tokenizer.padding_side = "left"
         quiet_layerdrop(self.accelerator.unwrap_model(self.model))
         suppress_placeholders(self)
         end_at_any_eos(self)
         self._share_groups()
         check_processes(self)
-        self._install_checks()
-        self.intake = self._make_intake()
+        install_checks(self)
+        self.intake = make_intake(self)
         self.add_callback(LengthCheck(self.intake, train_dataset))
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
-    def _install_checks(self) -> None:
-        family = family_of(self.model.config)
-
-        def log(name: str, value: float) -> None:
-            self._metrics["train"][name].append(value)
-
-        check = self.args.gradient_check and not self.is_deepspeed_enabled  # which keeps gradients to itself
-        self._gradient_check = GradientCheck(
-            lambda name: tower_of(family, name), check, log if self.args.gradient_report else None
-        )
-        self._flow_check = FlowCheck(self)
-        report = SharingReport(self.sharing, self.watch, log)
-        for callback in (self._gradient_check, StepsCheck, self._flow_check, report):
-            self.add_callback(callback)
-
     def _share_groups(self) -> None:
-        self._unit = unit_of(self.args.per_device_train_batch_size, self.num_generations)
-        self.watch = Stopwatch()
-        self.sharing = GroupSharing(
-            family_of(self.model.config),
-            self.args.group_sharing,
-            self.placeholder_ids,
-            self.accelerator.autocast,
-            aux_loss=self.aux_loss_enabled,
-            fused=self.args.group_attention == "flex",
-        )
-        lost = advice(self.args.per_device_train_batch_size, self.num_generations)
-        if lost is not None and self.args.group_sharing is not False:
-            _LOG.warning(lost)
+        share_groups(self)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -207,7 +180,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             self._flow_check.check_rows(inputs)  # of a streaming dataset; of a table it is long done
         with self.watch("process"):
             rows = self._encoded_rows(inputs)
-        batch = super()._generate_and_score_completions(rows)
+        with restored(self.model):  # TRL, and what stands in its place, switch checkpointing off and on
+            batch = super()._generate_and_score_completions(rows)
         batch["encodings"] = [row.encoding for row in rows]
         with self.watch("logps"):
             self._add_old_and_ref_logps(batch)
@@ -221,54 +195,8 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         inputs = super()._prepare_inputs(generation_batch)
         return from_units(inputs) if self.model.training else inputs
 
-    def _make_intake(self) -> Intake:
-        template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
-        return Intake(
-            self.processing_class,
-            placeholder_ids_by_kind(self.model.config, self.processing_class),
-            self.media,
-            self.media_root,
-            tools=self.tools,
-            template={**template, **self.chat_template_kwargs},
-            max_length=self.args.max_prompt_length,
-            on_overlong=self.args.on_overlong,
-            seed=self.args.seed,
-        )
-
     def _encoded_rows(self, inputs: list[dict[str, Any]]) -> list[Row]:
-        """TRL's view of each row. The G rows of a group are adjacent and share one sample and one encoding."""
-        train = self.model.training
-        group = self.num_generations if train else self.num_generations_eval
-        first = self.accelerator.process_index * len(inputs)  # TRL's global position of this rank's first row
-        epoch = int(self.state.epoch or 0) if train else None
-        left_out = self.intake.left_out.total()
-        rows: list[Row] = []
-        for position, original in enumerate(inputs, first):
-            row = Row()
-            if rows and position % group:
-                row.original, row.sample, row.encoding = rows[-1].original, rows[-1].sample, rows[-1].encoding
-            else:
-                candidates = self._candidates(original, inputs, position // group)
-                where = f"row {position} of the batch"
-                row.original, row.sample, row.encoding = self.intake.read_one_of(candidates, where, epoch)
-            row["prompt"] = prompt = (Text if isinstance(row.sample.prompt, str) else Prompt)(row.sample.prompt)
-            prompt.encoding = row.encoding
-            rows.append(row)
-        if self.media.on_bad == "drop" or self.args.max_prompt_length is not None:
-            replaced = self.intake.left_out.total() - left_out
-            self._metrics["train" if train else "eval"]["rows/left_out"].append(float(replaced))
-        return rows
-
-    def _candidates(
-        self, original: dict[str, Any], inputs: list[dict[str, Any]], group: int
-    ) -> Iterator[dict[str, Any]]:
-        """The row, and what takes its place where it cannot be used: the same on every rank and after a resume."""
-        yield original
-        rows = self.train_dataset if self.model.training else self.eval_dataset
-        pool: Any = rows if isinstance(rows, Dataset) else inputs
-        draw = random.Random(f"{self.args.seed}/{self.state.global_step}/{self._step}/{group}")
-        for _ in range(_MOST_TRIED):
-            yield pool[draw.randrange(len(pool))]
+        return encoded_rows(self, inputs)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         encodings = [prompt.encoding for prompt in prompts]
@@ -280,21 +208,19 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
         encodings = multimodal_fields.get("encodings")
         if encodings is None:
             raise UnsupportedError("A tool returned an image, which has no test yet. Return text from tools.")
-        training, completions, logprobs = self.model.training, {}, {}
-        try:
+        completions, logprobs = {}, {}
+        with inference_mode(self.model, self.generation_config, keep_dropout=True):
             for rows in together(family_of(self.model.config), encodings):
                 ids, own = [prompt_ids[row] for row in rows], [encodings[row] for row in rows]
-                with self.watch("generate"):
+                with self.watch("generate"), self.numbers.generating(ids, own) as generated:
                     out, logps = self._generate_shared(ids, own), None
                     if out is None:
                         extra = [len(row) - len(encoded.input_ids) for row, encoded in zip(ids, own, strict=True)]
                         fields = collate(own, extra=extra)
                         out, logps = super()._generate_single_turn(ids, None, fields, *args, **kwargs)
+                    generated += out
                 completions |= dict(zip(rows, out, strict=True))
                 logprobs |= dict(zip(rows, logps or [None] * len(rows), strict=True))
-        finally:
-            # Unsloth's generate leaves the base in inference mode, which would end gradient checkpointing for good.
-            self.model.train(training)
         ordered = range(len(encodings))
         known = all(logprobs[row] is not None for row in ordered)
         return [completions[row] for row in ordered], [logprobs[row] for row in ordered] if known else None
@@ -331,7 +257,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                 model, ids, mask, width, size, num_images=batch["encodings"]
             )[0]
 
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), without_checkpointing(self.model):
             if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
                 batch["old_per_token_logps"] = logps(self.model)
             if self.beta != 0 and self.ref_model is not None:
@@ -342,11 +268,18 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
                     batch["ref_per_token_logps"] = logps(self.model)
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        self.numbers.after_generation()
         rows = {id(row.original): row.original for row in inputs}  # a group shares one
         shown = {key: decoded(row, self._pictures) for key, row in rows.items()}
         originals = [shown[id(row.original)] for row in inputs]
         prompts = [original["prompt"] for original in originals]
         rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
+        for number, function in enumerate(self.reward_funcs):
+            if isinstance(function, nn.Module):
+                first, name = self.accelerator.process_index * len(inputs), self.reward_func_names[number]
+                shown_to = {"prompts": prompts, "completions": completions}
+                check_finite(rewards[first : first + len(inputs), number], name, shown_to)
+                check_finite(rewards[:, number], name, {})  # another process's
         # TRL's table and samples.jsonl show it beside the completion, unless a reward has logged its own.
         if "answer" in originals[0] and "answer" not in self._pending_extra_logs:
             self._log_completion_extra("answer", [original["answer"] for original in originals])
@@ -356,9 +289,10 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         # TRL hands this entry on to the method below untouched: the one way through its fixed list of arguments.
-        return super()._compute_loss(
+        loss = super()._compute_loss(
             model, {**inputs, "num_images": Encodings(inputs["encodings"], self._idle(inputs))}
         )
+        return self.numbers.note(loss, inputs)
 
     def _idle(self, inputs: dict[str, Any]) -> list[bool]:
         """Of each row, whether nothing in the loss has a gradient for it."""
@@ -399,6 +333,10 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             return plain_logps(own, input_ids, attention_mask, logits_to_keep, rows, batches, autocast)[0][few]
 
         def score(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            with pinned_forward(own):
+                return score_rows(own)
+
+        def score_rows(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
             if self.sharing.on(own, rows):
                 own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
                 sizes = (batch_size or len(rows), input_ids.size(1) - logits_to_keep)
@@ -415,6 +353,7 @@ class VLMGRPOTrainer(_TRLTrainer, ExactCheckpoints):
             entropies = entropies.view_as(entropies)
         for output in (logps, entropies if compute_entropy else None):
             self._gradient_check.watch(output, [encoded.senses for encoded in rows])
+        self.numbers.said.watch(logps, rows)
         return logps, entropies if compute_entropy else None, aux_loss
 
     # ---- resume -------------------------------------------------------------------------------------------------

@@ -54,6 +54,23 @@ class VLMGRPOConfig(GRPOConfig):
         metadata={"help": "Log at every step, per tower, how many trained parameters received a gradient."},
     )
 
+    gradient_checkpointing: bool | Literal["unsloth"] = field(  # type: ignore[assignment]
+        default=True,
+        metadata={
+            "help": 'Recompute activations in the backward pass; "unsloth" also moves them off the GPU, where Unsloth '
+            "loads the model."
+        },
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+    )
+    audio_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the tower that encodes sounds. Default: learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of what maps features into the language model. Default: learning_rate."},
+    )
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -175,6 +192,7 @@ def resolve_precision(args: Any) -> None:
     if args.bf16 is None and not args.fp16:
         precision = native_precision(args.use_cpu)
         args.bf16, args.fp16 = precision == "bf16", precision == "fp16"
+        args.fp16_by_machine = args.fp16  # what the user did not ask for may be left for a model's sake
     args.bf16 = bool(args.bf16)
 
 
@@ -211,6 +229,7 @@ _CHOICES = {
     "on_overlong": ("drop", "error"),
     "group_sharing": ("auto", True, False),
     "group_attention": ("reference", "flex"),
+    "gradient_checkpointing": (True, False, "unsloth"),
 }
 
 
@@ -231,6 +250,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
     **dict.fromkeys(("gradient_accumulation_steps", "num_iterations", "max_completion_length"), (1, math.inf)),
     **dict.fromkeys(("steps_per_generation", "generation_batch_size", "max_prompt_length"), (1, math.inf)),
+    **dict.fromkeys(("vision_learning_rate", "audio_learning_rate", "projector_learning_rate"), (0, math.inf)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta", "epsilon", "top_k"), (0, math.inf)),
     **dict.fromkeys(("top_entropy_quantile", "min_p"), (0, 1)),
     "temperature": (_TINY, math.inf),
@@ -342,7 +362,9 @@ def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     said = []
     for member in _members(hint):
-        if member is not type(None):
+        if typing.get_origin(member) is Literal:
+            said += [repr(choice) for choice in typing.get_args(member)]
+        elif member is not type(None):
             base = typing.get_origin(member) or member
             said.append(names.get(base, "a list" if base is list else getattr(base, "__name__", str(base))))
     return " or ".join(dict.fromkeys(said))

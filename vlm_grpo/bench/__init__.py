@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .options import BenchOptions, Modality
+from .options import BenchOptions, Modality, ShapeName
 
-__all__ = ["BenchOptions", "Modality", "bench", "run_bench"]
+if TYPE_CHECKING:
+    from .contest import Contest
+
+__all__ = ["BenchOptions", "Modality", "ShapeName", "against", "bench", "run_bench"]
 
 
 def bench(
@@ -55,6 +58,31 @@ def bench(
     return figures
 
 
+def against(case: "Contest", as_json: bool = False, plot: str | None = None) -> dict[str, Any]:
+    """Measure whole trainers against each other; print and draw as ``bench`` does.
+
+    Returns:
+        see ``contest.run_contest``.
+
+    Raises:
+        ConfigError, UnsupportedError: as ``contest.run_contest``.
+    """
+    from .contest import run_contest
+    from .picture import draw_contest
+    from .table import print_contest
+
+    console = Console(stderr=as_json)
+    with _quiet(), console.status("") as status:
+        result = run_contest(case, lambda text: _print(console, text), status.update)
+    print_contest(console, result)
+    if plot:
+        draw_contest(result, Path(plot))
+        _print(console, f"drawn: {plot}")
+    if as_json:
+        print(json.dumps(result))
+    return result
+
+
 def run_bench(options: BenchOptions, **report: Any) -> dict[str, Any]:
     """Measure one case; see ``compare.run_bench``."""
     from .compare import run_bench as run
@@ -71,10 +99,13 @@ def _quiet() -> Iterator[None]:
     """What libraries say about a model made in code helps nobody here."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

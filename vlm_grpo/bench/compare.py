@@ -100,7 +100,7 @@ def _trainers(options: BenchOptions, prompts: Prompts, folder: str) -> list[Any]
     for theirs in (True, False):
         cls = reference_class(options.modality) if theirs else VLMGRPOTrainer
         is_trl = not issubclass(cls, VLMGRPOTrainer)
-        arguments = _arguments(options, prompts, folder)
+        arguments = trainer_arguments(options, prompts, folder)
         if is_trl:
             config = own_grpo_config()(**arguments)
         else:  # the two checks are for a run's first step only
@@ -108,7 +108,7 @@ def _trainers(options: BenchOptions, prompts: Prompts, folder: str) -> list[Any]
             config = VLMGRPOConfig(**arguments, group_sharing=sharing, flow_check=False, gradient_check=False)
         trainer = measured(cls, device)(
             model=build_model(options, prompts.processor),
-            reward_funcs=_reward,
+            reward_funcs=reward,
             args=config,
             train_dataset=prompts.dataset,
             processing_class=copy.deepcopy(prompts.processor),
@@ -117,7 +117,7 @@ def _trainers(options: BenchOptions, prompts: Prompts, folder: str) -> list[Any]
         trainer.remove_callback(PrinterCallback)  # transformers', which prints to stdout
         if is_trl:
             time_processor(trainer.processing_class, trainer.meter)
-        _fill_adapters(trainer.model)
+        fill_adapters(trainer.model)
         trainers.append(trainer)
     return trainers
 
@@ -136,7 +136,7 @@ def _name_of_reference(options: BenchOptions) -> str:
     )
 
 
-def _arguments(options: BenchOptions, prompts: Prompts, folder: str) -> dict[str, Any]:
+def trainer_arguments(options: BenchOptions, prompts: Prompts, folder: str) -> dict[str, Any]:
     specials = sorted(prompts.processor.tokenizer.all_special_ids)
     return {
         "output_dir": folder,
@@ -161,12 +161,12 @@ def _arguments(options: BenchOptions, prompts: Prompts, folder: str) -> dict[str
     }
 
 
-def _reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """Depends on nothing but the tokens, and differs within a group."""
     return [float(sum(ids) % 97) for ids in completion_ids]
 
 
-def _fill_adapters(model: Any) -> None:
+def fill_adapters(model: Any) -> None:
     """B of a new adapter is zero, and then A has no gradient that could differ."""
     draw = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():

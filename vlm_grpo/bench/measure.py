@@ -1,9 +1,6 @@
 """The two trainers of a comparison, and what is observed of one step of each."""
 
-import contextlib
 import functools
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,49 +11,11 @@ from ..carry import Row
 from ..patches.trl import own_grpo_trainer
 from ..trainer import VLMGRPOTrainer
 from .memory import PeakMemory, PeakTensors
+from .timing import PHASES, Meter, Timed
+
+__all__ = ["PHASES", "Meter", "Step", "Watched", "measured", "reference_class", "time_processor"]
 
 Watched = Literal["memory", "tensors"] | None
-PHASES: tuple[str, ...] = ("process", "generate", "old_ref_logps", "forward_backward", "other")
-
-
-class Meter:
-    """Seconds by phase; a stretch of code counts for the innermost phase that is open.
-
-    On the CPU these are CPU seconds of the whole process, on a GPU seconds until it has finished.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._open: list[str] = []
-        self._since = 0.0
-
-    def reset(self) -> None:
-        """Begin a new step."""
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs inside counts for ``name``."""
-        self._charge()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
-
-    def _charge(self) -> None:
-        now = self._now()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def _now(self) -> float:
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 @dataclass
@@ -85,32 +44,15 @@ class Step:
         return sum(self.seconds.values())
 
 
-_Trainer: Any = object  # a base class at run time only: see `measured`
-
-
-class _Measured(_Trainer):
+class _Measured(Timed):
     """Stands before a GRPO trainer's class: takes the time of its methods and keeps what they made."""
 
-    meter: Meter
     sampling_seed = 0
     watches: Watched = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.phase("process"):  # where a dataset decodes its pictures
-            return super().get_batch_samples(*args, **kwargs)
-
-    def _encoded_rows(self, *args: Any, **kwargs: Any) -> Any:  # ours only
-        with self.meter.phase("process"):
-            return super()._encoded_rows(*args, **kwargs)
-
-    def _tokenize_prompts(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.phase("process"):
-            return super()._tokenize_prompts(*args, **kwargs)
-
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         torch.manual_seed(self.sampling_seed)
-        with self.meter.phase("generate"):
-            out = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        out = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self.step.prompt_tokens = len(prompt_ids[0])
         self.step.completions = torch.tensor(out[0])  # all of one length: none ends early
         return out
@@ -118,19 +60,13 @@ class _Measured(_Trainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        phase = "forward_backward" if torch.is_grad_enabled() else "old_ref_logps"
-        with self.meter.phase(phase):
-            out = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+        out = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
         if torch.is_grad_enabled():
             tokens = input_ids[:, -logits_to_keep:].tolist()
             self.step.logps |= dict(zip(map(tuple, tokens), out[0].detach().float().cpu(), strict=True))
         return out
-
-    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.phase("other"):
-            return super()._prepare_inputs(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self.watches is not None:
@@ -140,8 +76,7 @@ class _Measured(_Trainer):
         return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.phase("forward_backward"):
-            loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         if self.watches is not None:
             self.step.peak_bytes = self._peak.read()
         self.step.seconds = self.meter.seconds

@@ -41,6 +41,34 @@ class PeakMemory:
         return _status("VmHWM") - self._before
 
 
+class Highest:
+    """The most memory in use since ``forget``, in all: not above what was in use before.
+
+    Attributes:
+        is_gpu: torch's allocator is asked, and else the resident memory of the process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.is_gpu = device, device.type == "cuda"
+        self._known = self.is_gpu or (sys.platform == "linux" and _CLEAR.exists())
+
+    def forget(self) -> None:
+        """Begin anew."""
+        if self.is_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self._known:
+            _CLEAR.write_text("5")
+
+    def read(self) -> tuple[int | None, int | None]:
+        """Bytes ``(allocated, reserved)``: of a GPU, what torch's tensors take and what torch holds for them.
+
+        On a CPU the process's resident memory and None; both are None where the system does not tell.
+        """
+        if self.is_gpu:
+            return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        return (_status("VmHWM") if self._known else None), None
+
+
 class PeakTensors:
     """As ``PeakMemory``, of torch's own tensors on the CPU alone: exact, the same every time, and slow.
 

@@ -8,6 +8,7 @@ from ..errors import ConfigError
 
 Modality = Literal["image", "video", "audio"]
 Device = Literal["cpu", "cuda"]
+ShapeName = Literal["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2-audio-7b"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 _PROMPT: dict[Modality, int] = {"image": 960, "video": 1100, "audio": 800}
 _COMPLETION: dict[Modality, int] = {"image": 100, "video": 100, "audio": 30}

@@ -21,6 +21,20 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
         results: as ``run_bench`` returns them.
         out: the PNG, written beside its name and renamed.
     """
+    _write(_bars if len(results) == 1 else _curves, results, out)
+
+
+def draw_contest(result: dict[str, Any], out: Path) -> None:
+    """Write a PNG of a contest: every contender's phases as a bar, a panel for each number of prompts a step.
+
+    Args:
+        result: as ``run_contest`` returns it.
+        out: the PNG, written beside its name and renamed.
+    """
+    _write(_rows_of_bars, result, out)
+
+
+def _write(paint: Any, what: Any, out: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -28,7 +42,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     style |= {"xtick.color": MUTED, "ytick.color": MUTED, "axes.labelcolor": MUTED}
     with rc_context(style):
         figure = Figure(dpi=120, facecolor=PAPER, layout="constrained")
-        (_bars if len(results) == 1 else _curves)(figure, results)
+        paint(figure, what)
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f".{out.name}.new")
         figure.savefig(beside, format="png")
@@ -68,6 +82,43 @@ def _bars(figure: Any, results: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False, ncols=5, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.12), handlelength=1.2)
     axes.grid(axis="x", color=RULE)
     _plain(axes)
+
+
+def _rows_of_bars(figure: Any, result: dict[str, Any]) -> None:
+    counts = list(dict.fromkeys(row["prompts_per_step"] for row in result["contenders"]))
+    each = len(result["contenders"]) // len(counts)
+    figure.set_size_inches(8.2, len(counts) * (0.9 + 0.45 * each) + 0.6)
+    unit = "CPU seconds" if result["device"] == "cpu" else f"seconds on {result['device']}"
+    title = f"{unit} of one GRPO step · P {result['prompt_tokens']}, C {result['completion_tokens']}, "
+    title += f"G {result['num_generations']}\n{result['model']}"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=9)
+    for place, count in enumerate(counts):
+        rows = [row for row in result["contenders"] if row["prompts_per_step"] == count]
+        axes: Axes = figure.add_subplot(len(counts), 1, place + 1)
+        whole = max([row["seconds"] for row in rows if "seconds" in row], default=1.0)
+        for number, row in enumerate(rows):
+            left = 0.0
+            for phase, seconds in row.get("phases", {}).items():
+                axes.barh(number, seconds, left=left, height=0.6, color=_SHADES[phase], edgecolor=PAPER)
+                left += seconds
+            peak = row.get("peak_bytes")
+            text = f"{row['seconds']:.2f} s" if "seconds" in row else row["error_kind"]
+            text += f", {peak / 2**30:.1f} GiB" if peak else ""
+            axes.text(left + 0.01 * whole, number, text, va="center", color=INK, weight="bold")
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], color=INK)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * whole)
+        axes.set_title(f"prompts a step: {count}", loc="left", fontsize=9, color=INK)
+        axes.grid(axis="x", color=RULE)
+        _plain(axes)
+    handles = [_square(_SHADES[phase], TITLES[phase]) for phase in TITLES]
+    figure.legend(handles=handles, frameon=False, ncols=5, fontsize=8, loc="outside lower left", handlelength=1.2)
+
+
+def _square(color: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=label)
 
 
 def _curves(figure: Any, results: list[dict[str, Any]]) -> None:

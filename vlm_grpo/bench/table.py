@@ -13,6 +13,8 @@ TITLES = {
     "other": "other",
 }
 
+_SHORT = dict(zip(TITLES, ("process", "generate", "logps", "fwd+bwd", "other"), strict=True))
+
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
     """Seconds per phase of both trainers, then memory and exactness."""
@@ -55,3 +57,36 @@ def summary(result: dict[str, Any]) -> str:
         for key, name in (("max_logp_diff", "largest log-prob difference"), ("grad_rel_l2", "gradient relative L2"))
     ]
     return f"ratio of each round: {rounds}\nboth sampled {sampled}; {', '.join(differences)}"
+
+
+def print_contest(console: Console, result: dict[str, Any]) -> None:
+    """A table a number of prompts, one row a contender."""
+    for prompts in dict.fromkeys(row["prompts_per_step"] for row in result["contenders"]):
+        rows = [row for row in result["contenders"] if row["prompts_per_step"] == prompts]
+        console.print(_contest(result, rows, prompts))
+        for row in rows:
+            if "error" in row:
+                console.print(f"{row['name']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _contest(result: dict[str, Any], rows: list[dict[str, Any]], prompts: int) -> Table:
+    unit = "CPU seconds" if result["device"] == "cpu" else "seconds"
+    table = Table(title=f"{unit} a step of {prompts} prompt{'s' * (prompts != 1)}, medians", title_justify="left")
+    table.add_column("trainer", no_wrap=True)
+    shown = [p for p in TITLES if any(row.get("phases", {}).get(p) for row in rows)]
+    memory = {"peak_bytes": "peak GiB", "peak_reserved_bytes": "held GiB"}
+    memory = {key: title for key, title in memory.items() if any(row.get(key) for row in rows)}
+    for name in (*(_SHORT[p] for p in shown), "step", *memory.values()):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        peaks = [_gib(row.get(key)) for key in memory]
+        if "seconds" not in row:
+            table.add_row(row["name"], *[""] * len(shown), "failed", *peaks)
+            continue
+        phases = [f"{row['phases'][p]:.2f}" for p in shown]
+        table.add_row(row["name"], *phases, f"{row['seconds']:.2f}", *peaks)
+    return table
+
+
+def _gib(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**30:.2f}"

@@ -5,11 +5,13 @@ from . import train
 from . import chat
 from . import demo
 from . import bench
+from . import doctor
+from . import export
 
 # isort: on
 from .base import app
 
-__all__ = ["app", "bench", "chat", "demo", "main", "train"]
+__all__ = ["app", "bench", "chat", "demo", "doctor", "export", "main", "train"]
 
 
 def main() -> None:

@@ -30,11 +30,25 @@ class _Commands(TyperGroup):
             problem = error.errors()[0]
             say(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (given {problem['input']!r}).")
             raise typer.Exit(2) from error
+        except (ImportError, RuntimeError) as error:
+            if not _is_of_packages(error):
+                raise
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            say(f"An installed package cannot be imported ({reason}). vlm-grpo doctor says which one and what to do.")
+            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            say("Stopped. The same command again continues from the last checkpoint, if one was written.")
+            again = "The same command again continues from the last checkpoint, if one was written."
+            say(f"Stopped. {again}" if ctx.invoked_subcommand in ("train", "sft") else "Stopped.")
             raise typer.Exit(130) from error
         finally:
             ours.propagate = True
+
+
+def _is_of_packages(error: Exception) -> bool:
+    """Whether another package is missing or broken: transformers says so by a RuntimeError, torchvision by another."""
+    if isinstance(error, ImportError):
+        return not (error.name or "").startswith("vlm_grpo")
+    return any(text in str(error) for text in ("Failed to import", "operator torchvision::"))
 
 
 def say(text: str) -> None:

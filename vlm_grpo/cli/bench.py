@@ -1,6 +1,7 @@
 """``vlm-grpo bench``."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,21 +43,68 @@ def bench(
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="Its vocabulary.")] = 8192,
     vision_hidden_size: Annotated[int, typer.Option("--vision-hidden-size", help="Width of the media tower.")] = 192,
     vision_depth: Annotated[int, typer.Option("--vision-depth", help="Its depth.")] = 5,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="trl,unsloth",
+            help="Measure whole trainers instead, each in a process of its own: TRL's, Unsloth's, or both, and ours.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Model of a published shape, with --against: qwen2.5-vl-3b, qwen2.5-vl-7b. Default: as given here.",
+        ),
+    ] = "tiny",
+    prompts_per_step: Annotated[
+        str, typer.Option("--prompts-per-step", metavar="N[,N...]", help="Prompts of a step, with --against.")
+    ] = "1",
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="4-bit weights, with --against.")] = False,
+    memory_gib: Annotated[
+        float | None, typer.Option("--memory-gib", help="GPU memory that torch may hold, with --against.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option("--models", metavar="DIR", help="Keep the written model here, with --against.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line at the end.")] = False,
     plot: Annotated[str | None, typer.Option("--plot", metavar="PNG", help="Draw them.")] = None,
 ) -> None:
     given = dict(locals())
-    groups = _groups(given.pop("num_generations"))
+    groups = _counts("--num-generations", given.pop("num_generations"))
     output = {name: given.pop(name) for name in ("as_json", "plot")}
+    contest = {name: given.pop(name) for name in ("shape", "prompts_per_step", "load_in_4bit", "memory_gib", "models")}
+    del given["against"]
     set_up_logging()
     from .. import bench as benches
 
-    benches.bench(benches.BenchOptions(**given, num_generations=groups[0]), groups, **output)
+    options = benches.BenchOptions(**given, num_generations=groups[0])
+    if against is None:
+        _refuse_without_against(contest)
+        benches.bench(options, groups, **output)
+        return
+    if len(groups) > 1:
+        raise ConfigError(f"--num-generations {num_generations}: a sweep has no --against. Give one number.")
+    from ..bench.contest import Contest, contenders
+
+    contest["prompts_per_step"] = tuple(_counts("--prompts-per-step", prompts_per_step))
+    contest["models"] = None if models is None else Path(models).expanduser()
+    benches.against(Contest(options, contenders(against), **contest), **output)
 
 
-def _groups(text: str) -> list[int]:
+def _refuse_without_against(given: dict[str, Any]) -> None:
+    usual = {"shape": "tiny", "prompts_per_step": "1", "load_in_4bit": False, "memory_gib": None, "models": None}
+    for name, value in given.items():
+        if value != usual[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {value}: has a use only with --against. Add --against trl, or leave {flag} out.")
+
+
+def _counts(option: str, text: str) -> list[int]:
     """``8`` or ``2,4,8,16``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--num-generations {text}: needs a whole number, or several as in 2,4,8,16.")
+        raise ConfigError(f"{option} {text}: needs a whole number, or several as in 2,4,8,16.")
     return [int(part) for part in dict.fromkeys(parts)]

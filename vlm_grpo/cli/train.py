@@ -71,6 +71,10 @@ def _run(
         err.print(f"Note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     set_up_logging()
+    if not dry_run:
+        from ..models import import_unsloth_first, is_adapter
+
+        import_unsloth_first(resolved.backend, resolved.parts.apart or is_adapter(resolved.model))
     from .. import run
 
     if dry_run:

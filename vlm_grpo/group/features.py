@@ -43,11 +43,12 @@ class Features:
         self._busy = False
 
     def frozen(self) -> tuple[str, ...]:
-        """The encoders whose towers are frozen and without adapters: one that is switched off would change them."""
+        """The encoders whose towers are frozen, without adapters or copies: one that is switched off changes them."""
         towers: dict[str, bool] = {}
         for name, parameter in self.model.named_parameters():
             tower = tower_of(self.family, name)
-            towers[tower] = towers.get(tower, True) and not parameter.requires_grad and "lora_" not in name
+            kept = not parameter.requires_grad and "lora_" not in name and ".modules_to_save." not in name
+            towers[tower] = towers.get(tower, True) and kept
         return tuple(
             path
             for path in self.family.encoders

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from ..config import LoraOptions
+    from ..options import LoraOptions
+    from ..parts import Part, Parts
 
-__all__ = ["load_model"]
+__all__ = ["check_trainable", "import_unsloth_first", "is_adapter", "load_model"]
 
 _LOG = logging.getLogger("vlm_grpo")
 
@@ -26,9 +27,14 @@ def load_model(
     backend: Backend = "auto",
     load_in_4bit: bool = False,
     lora: "LoraOptions | None" = None,
+    language: "Part | None" = None,
+    vision: "Part | None" = None,
+    audio: "Part | None" = None,
+    projector: "Part | None" = None,
     dtype: Dtype = "auto",
     max_seq_length: int | None = None,
     gradient_checkpointing: bool | Literal["unsloth"] = False,
+    fast_inference: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its processor, ready to be trained or asked.
 
@@ -40,35 +46,70 @@ def load_model(
         load_in_4bit: NF4 weights with double quantization, through bitsandbytes. The transformers backend quantizes
             the language model only: vision towers are a few percent of the memory and lose much of what they see.
         lora: which new adapters to train; None trains the model itself, or continues the adapter of a run folder.
+        language, vision, audio, projector: how each part is trained: ``"lora"``, ``"full"`` (all of its weights) or
+            ``"off"``. Left out, vision and language follow the switches of ``lora``, audio and projector are off; and
+            without ``lora`` the rest is off beside a part in full, in full beside parts that are off. Embeddings and
+            output head are of the language model. Unless that is trained in full, the model is PEFT's, whose adapter
+            holds all that is trained.
         dtype: of the weights that are not 4-bit. ``"auto"``: bfloat16 where the GPU computes it natively, float16 on
-            other GPUs, float32 on a CPU. Adapters are float32 always.
+            other GPUs (bfloat16 for families that overflow in it), float32 on a CPU, and for ``language="full"``.
+            Adapters, and parts trained in full beside a language model that is not, are float32 always.
         max_seq_length: tokens of prompt and completion that Unsloth prepares for; transformers needs no such limit.
         gradient_checkpointing: recompute activations in the backward pass; ``"unsloth"`` also moves them off the GPU,
             and means True to transformers.
+        fast_inference: refused. vLLM's copy of the model takes no LoRA in the vision tower, no video and no sound, and
+            generation here shares the prompt among the completions of a group already.
 
     Returns:
         ``(model, processor)``: on the GPU of this process if there is one. The processor is the one saved with the run,
         for a run folder.
 
     Raises:
-        ConfigError: no such model, an unknown option, or LoRA options that differ from the saved adapter's.
+        ConfigError: no such model, an unknown option, parts that cannot be trained together or that the model does not
+            have, options that differ from the saved adapter's, or float16 for a family that overflows in it.
         UnsupportedError: the backend or 4-bit weights do not work on this machine.
     """
     _check_choice("backend", backend, ("auto", "unsloth", "hf"))
     _check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    _check_choice("gradient_checkpointing", gradient_checkpointing, (True, False, "unsloth"))
+    if fast_inference:
+        raise UnsupportedError(
+            "fast_inference=True is not available here: vLLM's copy of the model takes no LoRA in the vision tower, no "
+            "video and no sound. Leave it out; completions of a group share their prompt already."
+        )
+    from ..parts import parts_of
+
+    given: dict[str, Part | None] = {"language": language, "vision": vision, "audio": audio, "projector": projector}
+    parts = parts_of(lora, load_in_4bit, given)
+    if parts.given and parts.language == "full" and dtype == "auto":
+        dtype = "float32"
     name = _locate(name_or_path)
-    trains_adapter = lora is not None or is_adapter(name)
-    chosen, reason = _choose(backend, trains_adapter)
+    chosen, reason = _choose(backend, parts.apart or is_adapter(name))
     _LOG.info("Backend: %s, because %s.", "Unsloth" if chosen == "unsloth" else "transformers + PEFT", reason)
     if load_in_4bit:
         _require_bitsandbytes()
     if chosen == "unsloth":
         from . import unsloth
 
-        return unsloth.load(name, load_in_4bit, lora, dtype, max_seq_length, gradient_checkpointing)
+        return unsloth.load(name, load_in_4bit, lora, parts, dtype, max_seq_length, gradient_checkpointing)
     from . import hf
 
-    return hf.load(name, load_in_4bit, lora, dtype, bool(gradient_checkpointing))
+    return hf.load(name, load_in_4bit, lora, parts, dtype, bool(gradient_checkpointing))
+
+
+def import_unsloth_first(backend: Backend, trains_adapter: bool) -> None:
+    """Import Unsloth now where ``load_model`` will take it: before transformers and TRL it can replace more of them.
+
+    It changes speed only, and why Unsloth cannot be imported is said when the model is loaded.
+    """
+    if backend == "hf" or not trains_adapter:
+        return
+    import torch
+
+    if backend == "unsloth" or torch.cuda.is_available():
+        from .unsloth import why_not
+
+        why_not()
 
 
 def is_adapter(path: str) -> bool:
@@ -76,9 +117,22 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+def check_trainable(name: str, load_in_4bit: bool, parts: "Parts") -> None:
+    """Refuse 4-bit weights that are to be trained themselves: transformers does too, once they are loaded.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if load_in_4bit and not parts.apart and not is_adapter(name):
+        raise ConfigError(
+            "load_in_4bit without lora: 4-bit weights cannot be trained themselves. Add adapters (--set lora=true), or "
+            "leave load_in_4bit out."
+        )
+
+
+def _check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{option}={value!r} is not known. Choose one of {', '.join(known)}.")
+        raise ConfigError(f"{option}={value!r} is not known. Choose one of {', '.join(map(str, known))}.")
 
 
 def _locate(name_or_path: str | Path) -> str:

@@ -8,7 +8,7 @@ checkpoints.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ _DECODER_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _CLIP_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 _CLIP_MLP = ("mlp.fc1", "mlp.fc2")
 _QWEN_ATTENTION = ("attn.qkv", "attn.proj")
+# The encoder of sounds of most families.
+_WHISPER_MLP = ("fc1", "fc2")
 # A decoder that is not a module of its own; towers within the same module are told from it by their own names.
 _BARE_DECODER = ("layers", "embed_tokens", "norm")
 
@@ -42,13 +44,14 @@ class Family:
         model_type: ``config.model_type`` of the whole model.
         vision, audio, projector, language: module paths of the towers, without leading ``model.``; a projector inside
             a tower of media counts as projector.
-        vision_attention, vision_mlp, language_attention, language_mlp: linear layers of one block, as path endings.
-            The audio tower has none: it stays as it is unless ``lora.targets`` names its layers.
+        vision_attention, vision_mlp, audio_attention, audio_mlp, language_attention, language_mlp: linear layers of one
+            block, as path endings. A tower without any is adapted by ``lora.targets`` only.
         apart: media tensors that a row may share a forward over only with rows whose own have the same shape, because
             the model cannot pad them or lets the padding through into other rows' results.
         counted: config attributes of further tokens by which the model counts media: a sampled one would crash it.
         encoders: methods of the model, or of modules in it, that turn media into features for the language model; those
             that a model does not have are skipped. ``audio`` is in the name of those that encode sounds.
+        float16_overflows: whether its activations or gradients exceed what float16 holds (65504), as Unsloth found.
         tested: whether the row below was checked against the family's published shape.
     """
 
@@ -59,11 +62,14 @@ class Family:
     audio: tuple[str, ...] = ()
     vision_attention: tuple[str, ...] = _CLIP_ATTENTION
     vision_mlp: tuple[str, ...] = _CLIP_MLP
+    audio_attention: tuple[str, ...] = _CLIP_ATTENTION
+    audio_mlp: tuple[str, ...] = _WHISPER_MLP
     language_attention: tuple[str, ...] = _DECODER_ATTENTION
     language_mlp: tuple[str, ...] = _DECODER_MLP
     apart: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ("get_image_features", "get_video_features", "get_audio_features")
+    float16_overflows: bool = False
     tested: bool = True
 
 
@@ -93,6 +99,7 @@ _FAMILIES = (
             *_DECODER_ATTENTION,
             *(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")),
         ),
+        float16_overflows=True,
     ),
     Family(
         "qwen2_5_omni_thinker",
@@ -129,7 +136,7 @@ _FAMILIES = (
         language_mlp=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     ),
     Family("paligemma", vision=("vision_tower",), projector=("multi_modal_projector",)),
-    Family("gemma3", vision=("vision_tower",), projector=("multi_modal_projector",)),
+    Family("gemma3", vision=("vision_tower",), projector=("multi_modal_projector",), float16_overflows=True),
     Family(
         "aria",
         vision=("vision_tower",),
@@ -160,6 +167,9 @@ _FAMILIES = (
         projector=("embed_vision", "embed_audio"),
         vision_attention=(),  # convolutions all through
         vision_mlp=(),
+        audio_attention=("attention.attn.q_proj", "attention.attn.k_proj", "attention.attn.v_proj", "attention.post"),
+        audio_mlp=tuple(f"ffw_layer_{end}.ffw_layer_{number}" for end in ("start", "end") for number in (1, 2)),
+        float16_overflows=True,
         apart=("input_features",),  # its first layers blend the frames behind a clip's end into its last token
     ),
     Family(
@@ -168,6 +178,8 @@ _FAMILIES = (
         audio=("audio_embed.encoder",),
         projector=("embed_tokens_extend",),
         language=_BARE_DECODER,
+        audio_attention=_DECODER_ATTENTION,
+        audio_mlp=tuple(f"feed_forward_{end}.{name}_proj" for end in ("in", "out") for name in ("gate_up", "down")),
         language_attention=("self_attn.qkv_proj", "self_attn.o_proj"),
         language_mlp=("mlp.gate_up_proj", "mlp.down_proj"),
         # Padded frames are attended to; sounds take another projector beside pictures; and a mask that hides nothing is
@@ -180,6 +192,8 @@ _FAMILIES = (
     ),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
+# Further model types that overflow in float16; what they begin with.
+_OVERFLOWING = ("embedding_gemma2", "gemma3", "gemma4", "glm4_moe", "gpt_oss", "qwen3_5", "qwen3_moe")
 
 
 def family_of(config: Any) -> Family:
@@ -206,6 +220,7 @@ def _guess(model_type: str) -> Family:
         language=("language_model", "text_model", "layers", "embed_tokens", "norm"),
         vision_attention=(*_CLIP_ATTENTION, "self_attn.o_proj", "attn.qkv", "attn.proj", "attention.o_proj"),
         vision_mlp=(*_CLIP_MLP, *_DECODER_MLP, "mlp.linear_fc1", "mlp.linear_fc2"),
+        float16_overflows=model_type.startswith(_OVERFLOWING),
         tested=False,
     )
 
@@ -227,16 +242,19 @@ def tower_of(family: Family, name: str) -> str:
     return "other"
 
 
-def lora_targets(family: Family, model: Any, lora: "LoraOptions") -> str | list[str]:
+def lora_targets(
+    family: Family, model: Any, lora: "LoraOptions", parts: Collection[str] | None = None
+) -> str | list[str]:
     """What PEFT's ``target_modules`` should be: ``lora.targets`` if given, else one regular expression.
 
-    The four switches choose towers (vision, language) times kinds of linear layer (attention, MLP). Projector and
-    output head are never chosen; name them in ``targets`` to train them.
+    Chosen are towers (vision, audio, language) times kinds of linear layer (attention, MLP). Projector and output head
+    are never chosen; name them in ``targets`` to train them.
 
     Args:
         family: the model's row of the table.
-        model: the model, plain; its module names decide.
+        model: the model, plain or with adapters; its module names decide.
         lora: the options; any object with the attributes of ``LoraOptions``.
+        parts: the towers that get adapters; by default those that ``lora`` switches on.
 
     Returns:
         a regular expression over full module names, or ``lora.targets`` as it is.
@@ -248,35 +266,43 @@ def lora_targets(family: Family, model: Any, lora: "LoraOptions") -> str | list[
     if lora.targets:
         _check_targets(lora.targets, names)
         return lora.targets
-    parts = []
-    for tower in ("vision", "language"):
-        for kind in ("attention", "mlp"):
-            if not (getattr(lora, tower) and getattr(lora, kind)):
-                continue
-            layers = getattr(family, f"{tower}_{kind}") if getattr(family, tower) else ()
-            part = _block_layers(family, tower, layers)
-            if not layers or not any(re.fullmatch(part, name) for name in names):
-                raise ConfigError(
-                    f"LoRA: model type {family.model_type!r} has no {kind} layer of a known name in its {tower} tower. "
-                    f"Switch lora.{tower} or lora.{kind} off, or name the layers in lora.targets."
-                )
-            parts.append(part)
-    if not parts:
+    if parts is None:
+        parts = [tower for tower in ("vision", "language") if getattr(lora, tower)]
+    chosen = [
+        _kind_of_layer(family, tower, kind, names)
+        for tower in ("vision", "audio", "language")
+        for kind in ("attention", "mlp")
+        if tower in parts and getattr(lora, kind)
+    ]
+    if not chosen:
         raise ConfigError(
             f"LoRA: nothing would be trained with vision={lora.vision}, language={lora.language}, "
             f"attention={lora.attention}, mlp={lora.mlp}. Switch on a tower and a kind of layer, or give lora.targets."
         )
-    return "|".join(parts)
+    return "|".join(chosen)
+
+
+def _kind_of_layer(family: Family, tower: str, kind: str, names: list[str]) -> str:
+    layers = getattr(family, f"{tower}_{kind}") if getattr(family, tower) else ()
+    expression = _block_layers(family, tower, layers)
+    if not layers or not any(re.fullmatch(expression, name) for name in names):
+        raise ConfigError(
+            f"LoRA: model type {family.model_type!r} has no {kind} layer of a known name in its {tower} tower. "
+            f"Switch {'' if tower == 'audio' else 'lora.'}{tower} or lora.{kind} off, or name the layers in "
+            "lora.targets."
+        )
+    return expression
 
 
 def _block_layers(family: Family, tower: str, endings: tuple[str, ...]) -> str:
     """Layers of a tower's numbered blocks: the number keeps single layers (projectors, heads) out."""
 
-    def either(names: tuple[str, ...]) -> str:
+    def either(names: Collection[str]) -> str:
         return "(?:" + "|".join(re.escape(name) for name in names) + ")"
 
     # A tower may be as short as "layers", which those of media have as well.
-    others = (*family.vision, *family.audio) if tower == "language" else family.audio if tower == "vision" else ()
+    media = {"vision": family.vision, "audio": family.audio}
+    others = [name for other, prefixes in media.items() if other != tower for name in prefixes]
     elsewhere = rf"(?!(?:.*\.)?{either(others)}\.)" if others else ""
     return rf"{elsewhere}(?:.*\.)?{either(getattr(family, tower))}\.(?:.*\.)?\d+\.{either(endings)}"
 

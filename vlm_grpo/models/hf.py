@@ -1,14 +1,15 @@
 """``load_model`` through transformers, PEFT and (4-bit) bitsandbytes: on any machine, with or without a GPU."""
 
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,12 +26,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import ConfigError, UnsupportedError
+from ..options import LoraOptions
+from ..parts import Parts, parts_of
 from ..patches.bitsandbytes import CPU_PACKING
 from . import is_adapter, looks_like_path
-from .families import family_of, is_target, lora_targets
-
-if TYPE_CHECKING:
-    from ..config import LoraOptions
+from .dtypes import family_dtype, in_one_dtype
+from .dtypes import resolve_dtype as resolve_dtype
+from .families import family_of
+from .parts import adapter_config, check_same_adapter, finish_copies, train_in_place
 
 # What files that are missing, torn or of another kind make the libraries raise.
 _UNREADABLE = (OSError, ImportError, ValueError, KeyError, SafetensorError)
@@ -44,15 +47,17 @@ _AUTO_CLASSES = (
 
 
 def load(
-    name: str, load_in_4bit: bool, lora: "LoraOptions | None", dtype: str, gradient_checkpointing: bool
+    name: str, load_in_4bit: bool, lora: LoraOptions | None, parts: Parts, dtype: str, gradient_checkpointing: bool
 ) -> tuple[Any, Any]:
     """As ``load_model``; ``name`` is an absolute folder or a name on the Hub."""
     if is_adapter(name):
-        model, processor = _load_adapter(name, load_in_4bit, lora, dtype)
+        model, processor = _load_adapter(name, load_in_4bit, lora, parts, dtype)
     else:
         model, processor = _load_base(name, load_in_4bit, dtype), _load_processor(name)
-        if lora is not None:
-            model = _add_adapter(model, lora)
+        if parts.apart:
+            model = _add_adapter(model, lora or LoraOptions(), parts)
+        elif parts.given:
+            train_in_place(model, parts)
     if gradient_checkpointing:
         # Not reentrant: that kind needs an input that requires a gradient, which a frozen embedding does not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -71,25 +76,19 @@ def _load_base(name: str, load_in_4bit: bool, dtype: str) -> Any:
             f"model: {name!r} is of type {config.model_type!r}, which does not generate text. "
             "Give a multimodal or text model."
         )
-    weights = resolve_dtype(dtype)
+    weights = family_dtype(family_of(config), dtype)
     options: dict[str, Any] = {"dtype": weights, "device_map": _device_map(load_in_4bit)}
-    if load_in_4bit:
-        if not torch.cuda.is_available():
-            CPU_PACKING.ensure()
-        if getattr(config, "quantization_config", None) is None:  # else the checkpoint is 4-bit already
-            options["quantization_config"] = _four_bit(config, weights)
+    already = getattr(config, "quantization_config", None) is not None
+    if (load_in_4bit or already) and not torch.cuda.is_available():
+        CPU_PACKING.ensure()
+    if load_in_4bit and not already:
+        options["quantization_config"] = _four_bit(config, weights)
     if config is not whole:
         options["config"] = config
-    return _read(name, "model", auto_class.from_pretrained, **options)
-
-
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """The dtype of the weights; ``"auto"`` is bfloat16 where the GPU computes it natively, float16 on other GPUs."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    model = _read(name, "model", auto_class.from_pretrained, **options)
+    if already:
+        in_one_dtype(model, weights)
+    return model
 
 
 def _device_map(load_in_4bit: bool) -> dict[str, Any] | None:
@@ -124,6 +123,10 @@ def _read(name: str, what: str, function: Callable[..., Any], *before: Any, **op
     try:
         return function(*before, name, **options)
     except _UNREADABLE as error:
+        if importlib.util.find_spec("torchvision") is None and "torchvision" in _all_said(error):
+            raise ConfigError(
+                f"{what}: {name!r} needs torchvision, which is not installed. Install it: pip install torchvision."
+            ) from error
         reason = str(error).strip().partition("\n")[0].rstrip(".")[:200] or type(error).__name__
         if isinstance(error, ImportError):
             raise ConfigError(f"{what}: {name!r} needs a package that is missing: {reason}.") from error
@@ -137,31 +140,32 @@ def _read(name: str, what: str, function: Callable[..., Any], *before: Any, **op
         ) from error
 
 
+def _all_said(error: BaseException | None) -> str:
+    """The messages of an error and its causes, in lower case: transformers' lazy imports hide what is missing there."""
+    said = []
+    while error is not None:
+        said.append(str(error).lower())
+        error = error.__cause__ or error.__context__
+    return "\n".join(said)
+
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-def _add_adapter(model: Any, lora: "LoraOptions") -> Any:
+def _add_adapter(model: Any, lora: LoraOptions, parts: Parts | None = None) -> Any:
     # Not prepare_model_for_kbit_training: its float32 copy of embeddings and head costs 4 GiB on a 7B model, and PEFT's
     # freezing and non-reentrant checkpointing make the rest of it needless.
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora_alpha(lora),
-        lora_dropout=lora.dropout,
-        target_modules=lora_targets(family_of(model.config), model, lora),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)  # in float32, whatever the base: PEFT's default
+    config = adapter_config(model, lora, parts or parts_of(lora, False, {}))
+    model = get_peft_model(model, config)  # in float32, whatever the base: PEFT's default
+    finish_copies(model)
+    return model
 
 
-def lora_alpha(lora: "LoraOptions") -> Any:
-    """The scale of the adapters as PEFT writes it: an integer where it is one."""
-    return int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-
-
-def _load_adapter(folder: str, load_in_4bit: bool, lora: "LoraOptions | None", dtype: str) -> tuple[Any, Any]:
+def _load_adapter(
+    folder: str, load_in_4bit: bool, lora: LoraOptions | None, parts: Parts, dtype: str
+) -> tuple[Any, Any]:
     base_name = adapter_base(folder)
-    base, processor = load(base_name, load_in_4bit, None, dtype, False)
+    base, processor = load(base_name, load_in_4bit, None, parts_of(None, False, {}), dtype, False)
     if isinstance(base, PeftModel):  # a run that started from a run
         if load_in_4bit:
             raise UnsupportedError(
@@ -170,8 +174,9 @@ def _load_adapter(folder: str, load_in_4bit: bool, lora: "LoraOptions | None", d
             )
         base = base.merge_and_unload()
     model = _read(folder, "adapter", PeftModel.from_pretrained, base, is_trainable=True)
-    if lora is not None:
-        check_same_adapter(folder, model, lora)
+    finish_copies(model, folder)
+    if lora is not None or parts.given:
+        check_same_adapter(folder, model, lora, parts)
     if any((Path(folder) / file).is_file() for file in ("processor_config.json", "tokenizer_config.json")):
         processor = _load_processor(folder)
     return model, processor
@@ -203,26 +208,3 @@ def written_base(folder: str) -> str:
         return json.loads(text).get("base_model_name_or_path") or ""
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder}: adapter_config.json is no JSON ({error}). Restore the file.") from error
-
-
-def check_same_adapter(folder: str, model: Any, lora: "LoraOptions") -> None:
-    """Raise ``ConfigError`` when the options would make other adapters than the ones that were loaded."""
-    saved = model.peft_config["default"]
-    pairs = (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"))
-    found = [(name, getattr(saved, attribute, None), getattr(lora, name)) for name, attribute in pairs]
-    differ = [f"lora.{name} is {here} but {there} in the adapter" for name, there, here in found if here != there]
-    targets = lora_targets(family_of(model.config), model.get_base_model(), lora)
-    if targets != "all-linear":
-        names = {name: module for name, module in model.get_base_model().named_modules()}
-        chosen = {name for name in names if is_target(name, targets)}
-        adapted = {name for name, module in names.items() if hasattr(module, "lora_A")}
-        if chosen != adapted:
-            example = min(chosen ^ adapted)
-            where = "chosen here only" if example in chosen else "in the adapter only"
-            differ.append(
-                f"the options choose {len(chosen)} modules but the adapter has {len(adapted)} ({example}: {where})"
-            )
-    if differ:
-        raise ConfigError(
-            f"{folder}: {'; '.join(differ)}. Leave lora out to continue this adapter, or start from its base model."
-        )

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from ..config import RewardSpec
 from ..errors import RewardError, nearest
 from .accuracy import accuracy
 from .format import think_answer_format
+from .text import completion_text
 
 BUILT_IN: dict[str, Callable[..., Any]] = {"accuracy": accuracy, "format": think_answer_format}
 
@@ -38,6 +40,45 @@ def load_rewards(specs: Sequence[RewardSpec | str]) -> tuple[list[Callable[..., 
         labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
     functions = [_checked(_resolve(spec.name), spec, label) for spec, label in zip(specs, labels, strict=True)]
     return functions, [spec.weight for spec in specs]
+
+
+def finite_reward(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function``, which raises ``RewardError`` with the row where it returns NaN or infinity.
+
+    TRL takes NaN for None, and turns an advantage that an infinity has spoilt into 0: both without a word.
+    """
+
+    @functools.wraps(function)
+    def reward(*args: Any, **columns: Any) -> Any:
+        return check_finite(function(*args, **columns), name, columns)
+
+    @functools.wraps(function)
+    async def async_reward(*args: Any, **columns: Any) -> Any:
+        return check_finite(await function(*args, **columns), name, columns)
+
+    return async_reward if _is_async(function) else reward
+
+
+def check_finite(values: Iterable[Any], name: str, columns: dict[str, Any]) -> list[Any]:
+    """The values of a reward; ``RewardError`` with the row where one is NaN or infinite."""
+    values = list(values)
+    for number, value in enumerate(values):
+        if isinstance(value, SupportsFloat) and not _is_finite(value):
+            raise RewardError(
+                f'The reward "{name}" returned {float(value)}. Return a finite number, or None'
+                f"{row_of(columns, number)}."
+            )
+    return values
+
+
+def row_of(columns: dict[str, Any], number: int) -> str:
+    """`` for the completion "..." of the prompt "..."``, as far as the columns of a reward have them."""
+    said = [
+        f'the {name} "{shorten(completion_text(columns[name + "s"][number]), 80)}"'
+        for name in ("completion", "prompt")
+        if len(columns.get(name + "s") or ()) > number
+    ]
+    return f" for {' of '.join(said)}" if said else ""
 
 
 def _resolve(name: str) -> Callable[..., Any]:
@@ -84,7 +125,8 @@ def _module(place: str, name: str) -> ModuleType:
 def _checked(function: Callable[..., Any], spec: RewardSpec, label: str) -> Callable[..., list[float | None]]:
     """Bind the spec's arguments; name the reward in whatever it does wrong."""
 
-    def check(values: Any, completions: Any) -> list[float | None]:
+    def check(values: Any, columns: dict[str, Any]) -> list[float | None]:
+        completions = columns.get("completions")
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
             raise RewardError(
                 f'The reward "{spec.name}" returned {values!r}. Return a list, one number per completion.'
@@ -95,9 +137,12 @@ def _checked(function: Callable[..., Any], spec: RewardSpec, label: str) -> Call
                 f'The reward "{spec.name}" returned {len(values)} values for {len(completions)} completions. '
                 "Return one per completion."
             )
-        for value in values:
+        for number, value in enumerate(values):
             if value is not None and not _is_finite(value):
-                raise RewardError(f'The reward "{spec.name}" returned {value}. Return a finite number, or None.')
+                raise RewardError(
+                    f'The reward "{spec.name}" returned {value}. Return a finite number, or None'
+                    f"{row_of(columns, number)}."
+                )
         return values
 
     @contextmanager
@@ -113,13 +158,13 @@ def _checked(function: Callable[..., Any], spec: RewardSpec, label: str) -> Call
     def reward(*args: Any, **columns: Any) -> list[float | None]:
         with naming():
             values = function(*args, **{**columns, **spec.kwargs})
-        return check(values, columns.get("completions"))
+        return check(values, columns)
 
     @functools.wraps(function)
     async def async_reward(*args: Any, **columns: Any) -> list[float | None]:
         with naming():
             values = await function(*args, **{**columns, **spec.kwargs})
-        return check(values, columns.get("completions"))
+        return check(values, columns)
 
     checked: Any = async_reward if _is_async(function) else reward
     checked.__name__ = checked.__qualname__ = label
