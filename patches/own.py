@@ -23,8 +23,7 @@ def is_defined_in(value: Any, module: ModuleType) -> bool:
 
 def private_copy(live: ModuleType) -> ModuleType:
     """The module once more, run from its file under a private name: what was put into the live one is not in it."""
-    parent, _, own = live.__name__.rpartition(".")
-    name = f"{parent}._vlm_grpo_own_{own}"  # beside the live one, so that relative imports resolve
+    name = _private_name(live.__name__)
     with _LOCK:
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, live.__file__)
@@ -37,6 +36,38 @@ def private_copy(live: ModuleType) -> ModuleType:
                 del sys.modules[name]
                 raise
         return sys.modules[name]
+
+
+def _private_name(module_name: str) -> str:
+    parent, _, own = module_name.rpartition(".")
+    return f"{parent}._vlm_grpo_own_{own}"  # beside the live one, so that relative imports resolve
+
+
+def is_copied(module_name: str) -> bool:
+    """Whether a private copy of the module is in use in this process."""
+    return _private_name(module_name) in sys.modules
+
+
+def forget_copy(module_name: str) -> None:
+    """The private copy is gone; classes that were taken from it stay as they are."""
+    with _LOCK:
+        sys.modules.pop(_private_name(module_name), None)
+
+
+def is_replaced(module_name: str, class_name: str, names: tuple[str, ...] = ()) -> bool | None:
+    """Whether another library has put its own in the place of a class, or of methods of it, and no copy stands in.
+
+    None where the library is not installed.
+    """
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+        return None
+    if is_copied(module_name):
+        return False
+    live = importlib.import_module(module_name)
+    cls = getattr(live, class_name)
+    if names:
+        return not all(is_defined_in(vars(cls).get(name), live) for name in names)
+    return not any(base.__name__ == class_name and is_defined_in(base, live) for base in cls.__mro__)
 
 
 def own_class(module_name: str, class_name: str) -> type:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from .ledger import Patch
-from .own import own_methods
+from .own import forget_copy, is_copied, is_replaced, own_methods
 
+_MODULE = "transformers.trainer"
 # The methods that compute a step, an evaluation, or what is logged of them. Unsloth puts its own in their place when it
 # loads a model. In the releases tried, none changed a figure of a trainer of ours; but which is active depends on the
 # order of imports, they are rewritten with each release, and ``training_step`` asks only the outermost module whether
@@ -32,7 +33,7 @@ def own_trainer(before_step: Callable[[], None]) -> type:
     """
     from transformers import Trainer  # here: whoever only reads this file's records may still import Unsloth first
 
-    namespace = own_methods("transformers.trainer", "Trainer", _COMPUTING)
+    namespace = own_methods(_MODULE, "Trainer", _COMPUTING)
     step = namespace["training_step"]
 
     @functools.wraps(step)
@@ -122,4 +123,20 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[
     return undo
 
 
-PATCHES: list[Patch] = []  # what lies here lasts for one call, or belongs to one model
+def _steps_replaced() -> bool | None:
+    """Looks in which file the methods of ``transformers.Trainer`` that compute a step were written."""
+    return is_replaced(_MODULE, "Trainer", _COMPUTING)
+
+
+OWN_STEPS = Patch(
+    name="transformers-own-steps",
+    why="When it loads a model, Unsloth puts its own in the place of six methods of transformers.Trainer that compute "
+    "a step or an evaluation: what a trainer computes would depend on the order of imports, and on Unsloth's release.",
+    reference="unsloth.models._utils, unsloth_zoo.compiler, transformers.Trainer",
+    remove_when="Unsloth leaves these methods of the class alone, or changes them for its own models only.",
+    probe=_steps_replaced,
+    in_place=lambda: is_copied(_MODULE),
+    apply=lambda: own_methods(_MODULE, "Trainer", _COMPUTING),
+    undo=lambda: forget_copy(_MODULE),
+)
+PATCHES = [OWN_STEPS]  # what else lies here lasts for one call, or belongs to one model

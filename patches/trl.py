@@ -10,19 +10,23 @@ import torch
 
 from ..losses import chunked_logps
 from .ledger import Patch
-from .own import own_class
+from .own import forget_copy, is_copied, is_replaced, own_class
 
 _LOCK = threading.RLock()
 
 
+_TRAINER = ("trl.trainer.grpo_trainer", "GRPOTrainer")
+_CONFIG = ("trl.trainer.grpo_config", "GRPOConfig")
+
+
 def own_grpo_trainer() -> type:
     """TRL's own ``GRPOTrainer``, also after another library has replaced ``trl.GRPOTrainer`` by its own."""
-    return own_class("trl.trainer.grpo_trainer", "GRPOTrainer")
+    return own_class(*_TRAINER)
 
 
 def own_grpo_config() -> type:
     """TRL's own ``GRPOConfig``, also after another library has replaced ``trl.GRPOConfig`` by its own."""
-    return own_class("trl.trainer.grpo_config", "GRPOConfig")
+    return own_class(*_CONFIG)
 
 
 def add_fused_head(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -131,4 +135,33 @@ LOG_PROBS = Patch(
     apply=_dispatch_log_probs,
     undo=_restore_log_probs,
 )
-PATCHES = [LOG_PROBS]
+
+
+def _classes_replaced() -> bool | None:
+    """Looks in which file the code of ``trl.GRPOTrainer`` and ``trl.GRPOConfig`` was written."""
+    found = [is_replaced(*place) for place in (_TRAINER, _CONFIG)]
+    return None if None in found else any(found)
+
+
+def _take_own_classes() -> None:
+    own_grpo_trainer()
+    own_grpo_config()
+
+
+def _forget_own_classes() -> None:
+    for module, _ in (_TRAINER, _CONFIG):
+        forget_copy(module)
+
+
+OWN_CLASSES = Patch(
+    name="trl-own-classes",
+    why="Unsloth puts generated classes in the place of trl.GRPOTrainer and trl.GRPOConfig; its trainer never calls "
+    "the methods that media travel by, so a subclass would train on text alone, silently.",
+    reference="unsloth.models.rl.PatchFastRL, trl.trainer.grpo_trainer, trl.trainer.grpo_config",
+    remove_when="Unsloth leaves TRL's classes where they are, or derives its own from them.",
+    probe=_classes_replaced,
+    in_place=lambda: any(is_copied(module) for module, _ in (_TRAINER, _CONFIG)),
+    apply=_take_own_classes,
+    undo=_forget_own_classes,
+)
+PATCHES = [LOG_PROBS, OWN_CLASSES]

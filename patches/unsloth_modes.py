@@ -104,14 +104,16 @@ def own_generate(model: Any, autocast: Callable[[], AbstractContextManager]) -> 
     """Within it, ``model.generate`` is transformers' own, where Unsloth has put one that makes caches of its own.
 
     Args:
-        model: the plain model, adapters included.
+        model: the plain model, adapters included. One that stands there instead and has the method as an attribute
+            of this name stays, and is given the other there.
         autocast: the precision to compute in, which Unsloth's would have chosen.
     """
     original = getattr(model, "_old_generate", None)
     if original is None:
         yield
         return
-    with answered_by(model, "generate", original), autocast():
+    stands = vars(model).get("generate")
+    with answered_by(stands if hasattr(stands, "generate") else model, "generate", original), autocast():
         yield
 
 

@@ -22,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from vlm_grpo.errors import UnsupportedError
 from vlm_grpo.patches import bitsandbytes as bnb_patch
 from vlm_grpo.patches import ledger
+from vlm_grpo.patches import transformers as transformers_patch
+from vlm_grpo.patches import trl as trl_patch
 from vlm_grpo.patches import unsloth as patch_file
 from vlm_grpo.patches import unsloth_hooks as hooks
 from vlm_grpo.patches.unsloth import apply_unsloth_patch, undo_unsloth_patch, unsloth_patch
@@ -64,6 +66,40 @@ def test_a_record_is_complete_and_its_patch_heals_what_its_probe_finds(patch):
     finally:
         if now is False:
             patch.apply()
+
+
+def generated(base: type) -> type:
+    """As Unsloth's: of the same name and module, written elsewhere, and not derived from the one it replaces."""
+    return type(base.__name__, (object,), {"__module__": base.__module__, "train": lambda self: None})
+
+
+# covers U5
+@pytest.mark.parametrize("name", ["trl-own-classes", "transformers-own-steps"])
+def test_a_replaced_class_is_found_and_its_own_taken(name, monkeypatch):
+    import transformers.trainer
+    import trl.trainer.grpo_trainer as trl_file
+
+    patch = next(patch for _, patch in RECORDS if patch.name == name)
+    patch.undo()
+    assert patch.state() == "not needed"
+    if name == "trl-own-classes":
+        own = trl_file.GRPOTrainer
+        monkeypatch.setattr(trl_file, "GRPOTrainer", generated(own))
+    else:
+        own = transformers.trainer.Trainer
+        monkeypatch.setattr(own, "training_step", lambda self, *args: None)
+    try:
+        assert patch.state() == "needed"
+        assert patch.ensure() and not patch.ensure() and patch.state() == "applied"
+        found = trl_patch.own_grpo_trainer() if name == "trl-own-classes" else None
+        if found is None:
+            step = transformers_patch.own_trainer(lambda: None).training_step.__wrapped__
+            assert step is not own.training_step and "loss" in step.__code__.co_varnames
+        else:
+            assert found is not trl_file.GRPOTrainer and hasattr(found, "_compute_loss")
+    finally:
+        patch.undo()
+    assert patch.state() == "needed"
 
 
 # ---- bitsandbytes ----------------------------------------------------------------------------------------------------

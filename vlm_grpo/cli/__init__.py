@@ -3,10 +3,10 @@
 # isort: off
 from . import train
 from . import chat
-from . import demo
-from . import bench
-from . import doctor
 from . import export
+from . import demo
+from . import doctor
+from . import bench
 
 # isort: on
 from .base import app
