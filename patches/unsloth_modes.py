@@ -104,8 +104,8 @@ def own_generate(model: Any, autocast: Callable[[], AbstractContextManager]) -> 
     """Within it, ``model.generate`` is transformers' own, where Unsloth has put one that makes caches of its own.
 
     Args:
-        model: the plain model, adapters included. One that stands there instead and has the method as an attribute
-            of this name stays, and is given the other there.
+        model: the plain model, adapters included. What listens in the method's place, and has what it calls as its own
+            attribute ``generate``, goes on listening: to transformers' own.
         autocast: the precision to compute in, which Unsloth's would have chosen.
     """
     original = getattr(model, "_old_generate", None)

@@ -263,17 +263,40 @@ def test_a_shape_is_written_whole_and_once(tmp_path, monkeypatch):
     assert logits.isfinite().all() and 0.05 < logits.std() < 3
 
 
+def test_a_kept_model_is_of_its_own_sizes_and_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = published.write_model("tiny", SMALL, Path("kept"), "cpu")
+    assert folder.is_absolute(), "every contender runs in a folder of its own"
+    deeper = published.write_model("tiny", replace(SMALL, vision_depth=SMALL.vision_depth + 1), Path("kept"), "cpu")
+    assert deeper != folder and json.loads((deeper / "config.json").read_text())["vision_config"]["depth"] == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="models: cannot be made .* Give another folder"):
+        published.write_model("tiny", SMALL, Path("file/models"), "cpu")
+
+
+def test_nothing_half_written_is_left_of_a_model(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(published, "build_model", fails)
+    with pytest.raises(RuntimeError, match="full"):
+        published.write_model("tiny", SMALL, tmp_path, "cpu")
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_stands_against_whom():
     assert contenders("trl") == ("trl", "ours")
     assert contenders("unsloth,trl") == ("unsloth", "trl", "ours-unsloth", "ours")
     with pytest.raises(ConfigError, match="--against vllm: needs trl, unsloth, or both"):
         contenders("vllm")
-    with pytest.raises(ConfigError, match="neither trains on audio"):
+    with pytest.raises(ConfigError, match="only vlm-grpo trains on audio"):
         Contest(replace(SMALL, modality="audio"), ("trl", "ours"))
     with pytest.raises(ConfigError, match="takes no audio. Give --modality image"):
         Contest(replace(SMALL, modality="audio"), ("ours",), "qwen2.5-vl-3b")
     with pytest.raises(ConfigError, match="shape='gpt'"):
         Contest(SMALL, ("ours",), "gpt")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="memory_gib=-1: needs more than 0"):
+        Contest(replace(SMALL, device="cuda"), ("ours",), memory_gib=-1)
     with pytest.raises(ConfigError, match="only a GPU's memory"):
         Contest(SMALL, ("ours",), memory_gib=24)
 

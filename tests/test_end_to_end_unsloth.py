@@ -1,6 +1,7 @@
 """The real Unsloth through the command line: trained, killed, continued, exported and asked."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,3 +80,18 @@ def test_unsloth_trains_is_killed_continues_exports_and_answers(workplace: Path)
     assert trained.strip()
     both = called(workplace, "chat", "broken", *question, "--compare-base")
     assert trained.strip() in both
+
+
+@pytest.mark.slow
+def test_unsloth_trains_the_model_itself_and_continues(workplace: Path):  # covers U5 Q6 Q10
+    options = [*TRAIN, "--vision", "off", "--output", "whole"]
+    for name in ("--lora.r", "--vision"):  # those of TRAIN
+        del options[options.index(name) : options.index(name) + 2]
+    called(workplace, *options)
+    expected = jsonl(workplace / "whole" / "metrics.jsonl")
+    (workplace / "whole" / "result.json").unlink()
+    shutil.rmtree(workplace / "whole" / "checkpoint-4")  # two are kept, of steps 3 and 4
+    called(workplace, *options)
+    for one, other in zip(expected, jsonl(workplace / "whole" / "metrics.jsonl"), strict=True):
+        for figure in ("loss", "reward", "kl", "grad_norm"):
+            assert one.get(figure) == other.get(figure), (one["step"], figure)

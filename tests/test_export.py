@@ -149,10 +149,13 @@ def test_lora_is_loaded_by_peft_and_by_load_model(run, base, images):
 @pytest.mark.slow
 def test_parts_that_were_trained_whole_are_merged_too(tmp_path, base, images):
     run = save_run(tmp_path / "run", base, images, lora=LoraOptions(r=2), vision="full", scale=0.05)
+    written = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(written.replace("lora: true", "lora: {r: 2}\nvision: full"))
     saved = json.loads((run / "adapter_config.json").read_text())["modules_to_save"]
     assert saved
     report = export_run(run, "merged_16bit", max_new_tokens=3)
     assert report.answers_equal == 3 and report.difference <= report.tolerance
+    assert "(language by LoRA; vision in full, rank 2)" in (Path(report.output) / "README.md").read_text()
     model, _ = load_model(report.output)
     start, _ = load_model(base)
     moved = [
@@ -348,6 +351,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, base, monkeypa
     with pytest.raises(ExportError, match="the disk of .*export-lora is full. Nothing was kept"):
         export_run(run, "lora")
     assert not [path.name for path in run.iterdir() if "export" in path.name]
+
+
+def test_ctrl_c_promises_no_checkpoint(monkeypatch):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exports, "export_run", stopped)
+    result = CliRunner().invoke(app, ["export", "run", "--to", "lora"])
+    assert result.exit_code == 130 and result.stderr == "Stopped.\n"
 
 
 def test_misuse_is_one_sentence(run, base, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from vlm_grpo.group.idle import zero_gradients
 from vlm_grpo.group.layout import Layout, Packed
 from vlm_grpo.group.reasons import Unshareable, reason_against
 from vlm_grpo.group.rollout import generate, generation_reason, positions
-from vlm_grpo.group.sharing import groups_of, plain_model
+from vlm_grpo.group.sharing import _gap, groups_of, plain_model
 from vlm_grpo.models.families import family_of, placeholder_ids
 from vlm_grpo.patches.transformers import answered_by
 from vlm_grpo.patches.trl import LOG_PROBS, add_fused_head
@@ -602,6 +602,25 @@ def test_the_plain_model_is_below_all_wrappers():
     model, _ = tiny.build("qwen2_5_vl")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert plain_model(nn.DataParallel(adapted)) is model and plain_model(model) is model
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["32 bits", "16 bits"])
+def test_what_does_not_count_and_equal_infinities_are_no_difference(low):
+    """Behind the first token in which two rows differ stands anything, and a model may forbid tokens by itself."""
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(2, 5, generator=generator).index_fill(1, torch.tensor([0]), -torch.inf) for _ in range(3)]
+    shared = [logits.clone() for logits in plain]
+    shared[2][1] = torch.nan
+    one, other = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[1, 2, 3], [1, 4, 3]])
+    sharing = sharing_of(tiny.build("qwen2_5_vl")[0])
+
+    def compare(sequences: Tensor) -> None:
+        outputs = [SimpleNamespace(logits=x, sequences=y) for x, y in ((shared, sequences), (plain, one))]
+        sharing._compare("logits", *_gap(*outputs, low), low, torch.stack(plain))
+
+    compare(other)
+    with pytest.raises(Unshareable, match="differ by nan"):
+        compare(one)
 
 
 def zeros(own: Any, few: list[int]) -> Tensor:

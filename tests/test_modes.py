@@ -1,6 +1,8 @@
 """A model stands exactly as before after it has answered, also where answering failed; Unsloth's and others."""
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -96,6 +98,24 @@ def test_logits_that_are_hidden_states_are_an_error(family, monkeypatch):
     with torch.no_grad(), pytest.raises(UnsupportedError, match=says), pinned_forward(model):
         model(**inputs)
     assert not model._forward_hooks
+
+
+def test_who_listens_to_generate_goes_on_listening_to_transformers_own():
+    heard = []
+
+    def listener():
+        heard.append(1)
+        return listener.generate()
+
+    listener.generate = lambda: "Unsloth's"
+    model = SimpleNamespace(_old_generate=lambda: "transformers'", generate=listener)
+    with unsloth_modes.own_generate(model, nullcontext):
+        assert model.generate() == "transformers'" and heard == [1]
+    assert model.generate() == "Unsloth's" and heard == [1, 1]
+    model.generate = lambda: "Unsloth's"
+    with unsloth_modes.own_generate(model, nullcontext):
+        assert model.generate() == "transformers'"
+    assert model.generate() == "Unsloth's"
 
 
 FAILS = """

@@ -18,7 +18,7 @@ from real_unsloth import run_script
 from test_models import encoded, logits, save_run, shake
 from trl.trainer.utils import use_adapter
 
-from vlm_grpo import LoraOptions, RunConfig, VLMSFTConfig, VLMSFTTrainer, run
+from vlm_grpo import LoraOptions, RunConfig, VLMGRPOTrainer, VLMSFTConfig, VLMSFTTrainer, run
 from vlm_grpo.config import load_config, to_yaml
 from vlm_grpo.errors import ConfigError, UnsupportedError
 from vlm_grpo.models import dtypes, load_model
@@ -232,6 +232,18 @@ def test_a_reference_beside_half_precision_is_the_copy_that_was_trained_so_far(f
         torch.testing.assert_close(logits(model, processor), policy, atol=0, rtol=0)
     assert trained(model) == trains
     torch.testing.assert_close(logits(model, processor), policy, atol=0, rtol=0)
+
+
+def test_a_part_in_full_beside_half_precision_begins_without_a_kl(folder, tmp_path):  # covers O4
+    model, processor = load_model(folder("qwen2_5_vl"), dtype="bfloat16", vision="full", language="off")
+    move(model)
+    picture = [{"type": "image"}, {"type": "text", "text": "count"}]
+    rows = [{"prompt": [{"role": "user", "content": picture}], "images": [tiny.image(i)]} for i in range(4)]
+    options = recorder.config(tmp_path, beta=0.1, learning_rate=1e-3)
+    trainer = VLMGRPOTrainer(model, recorder.reward, options, Dataset.from_list(rows), None, processor)
+    trainer.train()
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl == [0.0]
 
 
 def move(model) -> None:

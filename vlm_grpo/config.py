@@ -42,7 +42,8 @@ class RunConfig(Options):
     )
     lora: LoraOptions | None = Field(
         default=None,
-        description="Train LoRA adapters with these options (true: the defaults); unset trains the whole model.",
+        description="Train LoRA adapters with these options (true: the defaults); unset, and with no part below to "
+        "train, the whole model is trained.",
     )
     language: Part | None = Field(
         default=None,

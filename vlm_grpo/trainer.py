@@ -27,6 +27,7 @@ from .errors import UnsupportedError
 from .group import from_units, to_units, unique, up_to_end
 from .models.families import family_of, together
 from .models.modes import inference_mode, pinned_forward, restored, without_checkpointing
+from .models.parts import finish_reference_copies
 from .numbers import FiniteNumbers
 from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, own_grpo_trainer
@@ -149,6 +150,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             args.beta, args.sync_ref_model = beta, sync
         refuse_bad_rewards(self)
         mend_heads(self)
+        finish_reference_copies(self.model)  # TRL's copies are in the base's number type
         if copies_reference:
             install_reference(self)
         if is_quantized(self.model):

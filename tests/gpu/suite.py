@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
+NO_TIME = "skipped: no time left"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     site = install(Path(arguments.wheels).resolve(), work / "site") if arguments.wheels else None
-    chosen = [phase for phase in PHASES if not arguments.phases or phase.name in arguments.phases.split(",")]
+    # Always with the environment, which says whose figures they are.
+    wanted = {"environment", *arguments.phases.split(",")} if arguments.phases else {phase.name for phase in PHASES}
+    chosen = [phase for phase in PHASES if phase.name in wanted]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what stops the phases
     results = run(chosen, arguments.device, arguments.shape, out, work, environment(arguments.device, site), deadline)
     ended = [phase["status"] for phase in results["phases"].values()]
     return 0 if all(status == "ok" or status.startswith("skipped") for status in ended) else 1
@@ -113,8 +118,12 @@ def install(wheels: Path, site: Path) -> Path:
     if not found:
         sys.exit(f"--wheels {wheels}: there is no wheel in it.")
     if not site.is_dir():
+        partial = site.with_name(f".{site.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        subprocess.run([*command, "--target", str(site), *found], check=True)
+        if subprocess.run([*command, "--target", str(partial), *found]).returncode:
+            sys.exit(f"--wheels {wheels}: pip cannot install them. They must be of this Python and system.")
+        partial.rename(site)
     return site
 
 
@@ -161,14 +170,17 @@ def run(
         batch = together if waiting[0] in together else waiting[:1]
         waiting = [phase for phase in waiting if phase not in batch]
         shapes = [shape or ("tiny" if device == "cpu" else phase.shape) for phase in batch]
-        started = [
-            (phase, *start(phase, device, own, work, variables, deadline))
-            for phase, own in zip(batch, shapes, strict=True)
-        ]
-        for phase, process, limit in started:
-            results["phases"][phase.name] = finish(phase, process, limit, work)
-            write(results, out)
-            print(f"{phase.name}: {results['phases'][phase.name]['status']}", flush=True)
+        started: list[tuple[Phase, subprocess.Popen | None, float]] = []
+        try:
+            for phase, own in zip(batch, shapes, strict=True):
+                started.append((phase, *start(phase, device, own, work, variables, deadline)))
+            for phase, process, limit in started:
+                results["phases"][phase.name] = finish(phase, process, limit, work)
+                write(results, out)
+                print(f"{phase.name}: {results['phases'][phase.name]['status']}", flush=True)
+        finally:
+            for _, process, _ in started:
+                kill(process)
     return results
 
 
@@ -197,16 +209,14 @@ def start(
 def finish(phase: Phase, process: subprocess.Popen | None, until: float, work: Path) -> dict[str, Any]:
     """What a phase has found, and how it ended; one that runs too long is stopped."""
     if process is None:
-        return {"status": "skipped: no time left"}
+        return {"status": NO_TIME}
     began = time.monotonic()
     try:
         code: int | None = process.wait(max(0.1, until - began))
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill(process)
     record = work / f"{phase.name}.record.json"
     found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     log = (work / f"{phase.name}.log").read_text(errors="replace").strip().splitlines()
@@ -215,7 +225,23 @@ def finish(phase: Phase, process: subprocess.Popen | None, until: float, work: P
     )
     if code != 0:
         found["log"] = log[-30:]
-    return {"status": status, **found}
+    return _anywhere({"status": status, **found}, work)
+
+
+def kill(process: subprocess.Popen | None) -> None:
+    """A phase that still runs, and all that it has started."""
+    if process is not None and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _anywhere(found: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Without the folders of this machine: what is written is read by others."""
+    text = json.dumps(found)
+    for folder, name in ((work, "work"), (ROOT, "."), (Path(sys.prefix), "python"), (Path.home(), "~")):
+        if folder != Path("/"):
+            text = text.replace(json.dumps(str(folder))[1:-1], name)
+    return json.loads(text)
 
 
 def write(results: dict[str, Any], out: Path) -> Path:
@@ -228,7 +254,8 @@ def write(results: dict[str, Any], out: Path) -> Path:
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["phases"].get("environment", {}).get("versions") == versions.get("versions"):
-            whole["phases"] = {**before["phases"], **results["phases"]}
+            own = {name: found for name, found in results["phases"].items() if found["status"] != NO_TIME}
+            whole["phases"] = {**results["phases"], **before["phases"], **own}
     beside = file.with_suffix(".new")
     beside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     beside.replace(file)

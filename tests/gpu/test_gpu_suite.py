@@ -133,6 +133,52 @@ def test_a_second_command_adds_to_the_first_of_the_same_versions(tmp_path):
     assert set(json.loads(file.read_text())["phases"]) == {"environment"}, "figures of other versions are of the past"
 
 
+def test_a_phase_that_had_no_time_keeps_what_was_measured_before(tmp_path):
+    file = suite.write(results(contest=CONTEST), tmp_path)
+    suite.write(results(contest={"status": suite.NO_TIME}, flex={"status": suite.NO_TIME}), tmp_path)
+    phases = json.loads(file.read_text())["phases"]
+    assert phases["contest"] == CONTEST and phases["flex"] == {"status": suite.NO_TIME}
+
+
+def test_what_is_written_names_no_folder_of_this_machine(tmp_path):
+    said = f"no {HERE / 'suite.py'}, nor {tmp_path / 'models'}"
+    found = phase_of(tmp_path, f"raise ValueError({said!r})")
+    assert found["status"] == "failed: ValueError: no ./tests/gpu/suite.py, nor work/models"
+    assert str(tmp_path) not in json.dumps(found) and str(Path.home()) not in json.dumps(found)
+
+
+def test_some_phases_are_run_with_the_environment(tmp_path, monkeypatch):
+    """Else nothing would say whose figures they are, and the file would be of no GPU."""
+    chosen = []
+    monkeypatch.setattr(suite, "run", lambda phases, *rest: chosen.extend(phases) or {"phases": {}})
+    monkeypatch.setattr(suite.signal, "signal", lambda *how: None)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--phases", "flex", "--out", str(tmp_path)])
+    assert suite.main() == 0 and [phase.name for phase in chosen] == ["environment", "flex"]
+
+
+def test_a_suite_that_is_ended_ends_its_phases(tmp_path):
+    script = tmp_path / "ended.py"
+    (tmp_path / "long.py").write_text("import time\ntime.sleep(60)\n")
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import suite; from pathlib import Path\n"
+        f"long = {str(tmp_path / 'long')!r}; start, finish = suite.start, suite.finish\n"
+        "def told(*a):\n    out = start(*a); print(out[0].pid, flush=True); return out\n"
+        "def waits(*a):\n    print('waits', flush=True); return finish(*a)\n"
+        "suite.start, suite.finish = told, waits\n"
+        "suite.PHASES = tuple(suite.Phase(name, long, together=True) for name in ('environment', 'two'))\n"
+        f"sys.argv[1:] = ['--out', {str(tmp_path)!r}]; suite.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    phases = [int(process.stdout.readline()) for _ in range(2)]
+    assert process.stdout.readline() == "waits\n"
+    process.terminate()
+    assert process.wait(20) == 143
+    for phase in phases:
+        with pytest.raises(ProcessLookupError):
+            os.kill(phase, 0)
+
+
 def test_misuse_is_told_in_one_sentence(tmp_path):
     def refused(*arguments: str) -> str:
         done = subprocess.run([sys.executable, str(HERE / "suite.py"), *arguments], capture_output=True, text=True)

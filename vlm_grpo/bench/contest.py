@@ -71,11 +71,13 @@ class Contest:
         others = [name for name in self.contenders if not name.startswith("ours")]
         if others and self.options.modality != "image":
             raise ConfigError(
-                f"--against {','.join(others)}: neither trains on {self.options.modality}. Leave --against out to "
-                "compare with vlm-grpo without sharing, or use --modality image."
+                f"--against {','.join(others)}: only vlm-grpo trains on {self.options.modality}. Leave --against out "
+                "to compare with vlm-grpo without sharing, or use --modality image."
             )
         if not self.prompts_per_step or min(self.prompts_per_step) < 1:
             raise ConfigError(f"prompts_per_step={self.prompts_per_step}: needs 1 or more. Correct the value.")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ConfigError(f"memory_gib={self.memory_gib:g}: needs more than 0. Correct the value.")
         if self.memory_gib is not None and self.options.device != "cuda":
             raise ConfigError(f"memory_gib={self.memory_gib}: only a GPU's memory can be limited. Leave it out.")
 
@@ -129,7 +131,7 @@ def run_contest(contest: Contest, say: Say = lambda text: None, now: Say = lambd
                 for note in row.get("notes", []):
                     say(f"  {note}")
     if all("seconds" not in row for row in rows):
-        raise UnsupportedError(f"no contender could be measured. {rows[0]['name']}: {rows[0]['error']}.")
+        raise UnsupportedError(f"no contender could be measured. {rows[0]['name']}: {rows[0]['error'].rstrip('.')}.")
     options = contest.options
     import torch
 

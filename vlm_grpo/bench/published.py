@@ -3,6 +3,7 @@
 Seconds and bytes depend on the shape alone. Nothing is fetched, and the processor is the bench's own small one.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -150,11 +151,16 @@ def write_model(name: str, options: BenchOptions, folder: Path, device: str) -> 
         ConfigError: as ``shaped``, or the disk has not enough room.
     """
     options = shaped(options, name)
+    folder = folder.resolve()  # processes with another current folder load from it
     sizes = (options.modality, options.hidden_size, options.num_hidden_layers, options.vocab_size)
-    final = folder / ("-".join(map(str, ("tiny", *sizes))) if name == "tiny" else name)
+    more = (options.vision_hidden_size, options.vision_depth, options.seed)
+    final = folder / ("-".join(map(str, ("tiny", *sizes, *more))) if name == "tiny" else name)
     if final.is_dir():
         return final
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made ({error.strerror}). Give another folder for models.") from error
     needed = 0 if name == "tiny" else 2 * SHAPES[name].parameters
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -162,18 +168,33 @@ def write_model(name: str, options: BenchOptions, folder: Path, device: str) -> 
             f"{folder}: {needed / 1e9:.1f} GB are needed for {name} and {free / 1e9:.1f} GB are free. "
             "Make room, or give another folder."
         )
-    processor = build_processor(options, 512 * 28 * 28)
-    model = build_model(options, processor) if name == "tiny" else _drawn(name, processor.tokenizer, options, device)
     beside = Path(tempfile.mkdtemp(dir=folder, prefix=f".{final.name}."))
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
     try:
+        _write(name, options, beside, device)
         os.replace(beside, final)
     except OSError:
-        shutil.rmtree(beside)
         if not final.is_dir():  # else another process was first
             raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        _give_back()
     return final
+
+
+def _write(name: str, options: BenchOptions, folder: Path, device: str) -> None:
+    processor = build_processor(options, 512 * 28 * 28)
+    model = build_model(options, processor) if name == "tiny" else _drawn(name, processor.tokenizer, options, device)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _give_back() -> None:
+    """The GPU memory of the weights, which other processes load now."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _drawn(name: str, words: Any, options: BenchOptions, device: str) -> Any:

@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             again = "The same command again continues from the last checkpoint, if one was written."
-            say(f"Stopped. {again}" if ctx.invoked_subcommand in ("train", "sft") else "Stopped.")
+            say(f"Stopped. {again}" if ctx.invoked_subcommand in ("train", "sft", "demo") else "Stopped.")
             raise typer.Exit(130) from error
         finally:
             ours.propagate = True

@@ -50,7 +50,8 @@ def _training(source: Source) -> list[str]:
         return []
     config, result = source.config, read_json(source.run / RESULT)
     weights = "4-bit base, " if source.in_4bit else ""
-    trained = f"LoRA of rank {config.lora.r}" if config.lora else "LoRA" if source.is_adapter else "all weights"
+    rank = f", rank {config.lora.r}" if config.lora else ""
+    trained = f"{config.parts}{rank}" if source.is_adapter else "all weights"
     lines = [f"- algorithm: {_ALGORITHMS.get(source.command or '', source.command)} ({weights}{trained})"]
     if source.command == "train":
         lines.append(f"- rewards: {_rewards(config)}")

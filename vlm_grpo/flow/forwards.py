@@ -90,7 +90,7 @@ class Forwards:
                 config = copy.deepcopy(arguments["generation_config"])
                 config.max_new_tokens = len(rows[0].completion)
                 config.output_logits = config.return_dict_in_generate = True
-                output = generate(
+                output = run.generate(
                     **{**arguments, "generation_config": config},
                     prefix_allowed_tokens_fn=lambda row, ids: [rows[row].completion[len(ids) - start]],
                 )
@@ -99,6 +99,7 @@ class Forwards:
                 pieces.append(logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].to(self.device))
                 return output.sequences
 
+            run.generate = generate  # where sharing needs another, it is put here
             return run
 
         for numbers in self._together(probes):

@@ -27,6 +27,8 @@ from .rollout import Prompts, generate, generation_reason
 _LOG = logging.getLogger("vlm_grpo")
 # The largest difference of a log-probability or logit that rounding explains.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 5e-2
+# In 16 bits, by how much a single token may differ more than the average of its row.
+_ONE_TOKEN = 20
 _CHECKED_TOKENS, _CHECKED_PROMPTS = 3, 2  # the second prompt shows what is left of the first
 
 
@@ -222,13 +224,14 @@ class GroupSharing:
     def _compare(self, what: str, difference: Tensor, counts: Tensor, low: bool, values: Tensor) -> None:
         """Raise where a difference (rows, tokens) is more than rounding: of a token, or in 16 bits of a row's average.
 
-        The spacing of 16-bit logits grows with them, so there one token in a thousand proves nothing, and the largest
-        of the ``values`` that were rounded counts.
+        The spacing of 16-bit logits grows with them, so there one token proves little, and the largest of the
+        ``values`` that were rounded counts.
         """
-        difference = difference * counts
+        difference = difference.masked_fill(counts == 0, 0.0)  # what does not count may be NaN
         worst, tolerance = difference.max(), _TOLERANCE
         if low:
-            worst = (difference.sum(1) / counts.sum(1).clamp(min=1)).max()
+            average = (difference.sum(1) / counts.sum(1).clamp(min=1)).max()
+            worst = torch.maximum(average, worst / _ONE_TOKEN)
             largest = values.masked_fill(~values.isfinite(), 0.0).abs().max()
             tolerance = max(_TOLERANCE_16_BIT, torch.finfo(torch.bfloat16).eps * float(largest))
         if not float(worst) <= tolerance:
@@ -345,7 +348,7 @@ def _gap(shared: Any, plain: Any, low: bool) -> tuple[Tensor, Tensor]:
 
     def gap(found: Tensor, expected: Tensor) -> Tensor:
         if not low:
-            return (found - expected).abs().amax(-1)
+            return (found - expected).abs().masked_fill(found == expected, 0.0).amax(-1)  # also where both are infinite
         found, expected = found.float().log_softmax(-1), expected.float().log_softmax(-1)
         known = expected.isfinite()  # suppressed tokens are not
         return (expected.exp() * (found - expected).abs()).masked_fill(~known, 0.0).sum(-1)

@@ -16,6 +16,8 @@ TINY = ((120, 4, 2), (120, 6, 3))
 def fit(settings: Settings, record: Record) -> None:
     from pathlib import Path
 
+    import torch
+
     from vlm_grpo.bench.contender import Case, limit_memory, load, trainer_classes
     from vlm_grpo.bench.options import BenchOptions
     from vlm_grpo.bench.published import SHAPES, shaped, write_model
@@ -29,11 +31,14 @@ def fit(settings: Settings, record: Record) -> None:
     base |= {"group_sharing": "auto", **(small if tiny else {})}
     prompt, completion, _ = cases[-1]
     largest = shaped(BenchOptions(prompt_tokens=prompt, max_completion_length=completion, **base), settings.shape)
+    classes = trainer_classes(contender)  # it may import Unsloth, which comes before the rest
     model_folder = write_model(settings.shape, largest, settings.models, settings.device)
     loaded = Case(largest, contender, str(model_folder), load_in_4bit=settings.on_gpu, warm_up=0)
-    classes = trainer_classes(contender)
     limits: tuple[int | None, ...] = LIMITS if settings.on_gpu else (None,)
     limit_memory(limits[-1])
+    free()
+    if settings.on_gpu:  # else the peak would be that of drawing the weights
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     model = load(loaded)
     load_peak = held()
