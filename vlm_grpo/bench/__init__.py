@@ -49,12 +49,12 @@ def bench(
         with _quiet(), console.status("") as status:
             results.append(run_bench(case, lambda text: _print(console, text), status.update))
         print_result(console, results[-1])
+    figures = results[0] if len(results) == 1 else {"sweep": results}
+    if as_json:  # first: a picture that cannot be written must not cost the figures
+        print(json.dumps(figures))
     if plot:
         draw(results, Path(plot))
         _print(console, f"drawn: {plot}")
-    figures = results[0] if len(results) == 1 else {"sweep": results}
-    if as_json:
-        print(json.dumps(figures))
     return figures
 
 
@@ -75,11 +75,11 @@ def against(case: "Contest", as_json: bool = False, plot: str | None = None) -> 
     with _quiet(), console.status("") as status:
         result = run_contest(case, lambda text: _print(console, text), status.update)
     print_contest(console, result)
+    if as_json:
+        print(json.dumps(result))
     if plot:
         draw_contest(result, Path(plot))
         _print(console, f"drawn: {plot}")
-    if as_json:
-        print(json.dumps(result))
     return result
 
 
