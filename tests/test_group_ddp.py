@@ -226,4 +226,5 @@ if __name__ == "__main__":
         name, _, sharing = job.rpartition("=")
         result = run(WORLD, bool(int(sharing)), Path(sys.argv[1]) / "two", **(QUICK | SLOW)[name])
         torch.save(result, Path(sys.argv[1]) / f"{name}-{bool(int(sharing))}-{os.environ['RANK']}.pt")
+    torch.distributed.barrier()  # or one process takes the connection away while the other still uses it
     torch.distributed.destroy_process_group()

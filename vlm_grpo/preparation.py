@@ -14,8 +14,11 @@ from .errors import ConfigError, DataFormatError, UnsupportedError
 from .flow import FlowCheck
 from .group import GroupSharing, SharingReport, advice, unit_of
 from .models.families import family_of, placeholder_ids, tower_of
+from .models.parts import finish_reference_copies
 from .numbers import NumbersCheck
 from .patches.trl import add_fused_head
+from .precision import float32_adapters
+from .quantized import is_quantized, undo_bf16_adapters
 from .rewards import finite_reward
 from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
@@ -31,6 +34,19 @@ def mend_heads(trainer: Any) -> None:
         add_fused_head(policy, trainer.temperature, precision, outputs=("log_probs", "entropy"))
         if trainer.ref_model is not None:
             add_fused_head(trainer.ref_model, trainer.temperature, precision)
+
+
+def mend_adapters(trainer: Any, before: Any) -> None:
+    """The number types that TRL has given to what is trained, and to its copies for a reference, as they should be.
+
+    Args:
+        trainer: the trainer.
+        before: ``trainable_data`` of the model as it was given.
+    """
+    finish_reference_copies(trainer.model)  # TRL's are in the base's number type
+    if is_quantized(trainer.model):
+        undo_bf16_adapters(trainer.model, before)
+    float32_adapters(trainer.args, trainer.model)
 
 
 def install_reference(trainer: Any) -> None:

@@ -27,23 +27,23 @@ from .errors import UnsupportedError
 from .group import from_units, to_units, unique, up_to_end
 from .models.families import family_of, together
 from .models.modes import inference_mode, pinned_forward, restored, without_checkpointing
-from .models.parts import finish_reference_copies
 from .numbers import FiniteNumbers
 from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, own_grpo_trainer
-from .precision import float32_adapters, leave_float16
+from .precision import leave_float16
 from .preparation import (
     check_processes,
     check_size,
     end_at_any_eos,
     install_checks,
     install_reference,
+    mend_adapters,
     mend_heads,
     refuse_bad_rewards,
     share_groups,
     suppress_placeholders,
 )
-from .quantized import is_quantized, trainable_data, undo_bf16_adapters
+from .quantized import trainable_data
 from .rates import PartRates
 from .rewards import check_finite
 from .rows import encoded_rows, make_intake
@@ -150,12 +150,9 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             args.beta, args.sync_ref_model = beta, sync
         refuse_bad_rewards(self)
         mend_heads(self)
-        finish_reference_copies(self.model)  # TRL's copies are in the base's number type
         if copies_reference:
             install_reference(self)
-        if is_quantized(self.model):
-            undo_bf16_adapters(self.model, adapters)
-        float32_adapters(args, self.model)
+        mend_adapters(self, adapters)
         self._tokenizer.padding_side = "left"
         quiet_layerdrop(self.accelerator.unwrap_model(self.model))
         suppress_placeholders(self)
