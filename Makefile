@@ -30,7 +30,7 @@ test-all: $(READY) ## Run the slow tests too, and those that need a GPU or a pac
 test-matrix: $(READY) ## Try the Unsloth patch on published releases of unsloth_zoo, which pip fetches the first time
 	NETWORK=required $(PYTEST) -m network $(ARGS)
 
-gpu: $(READY) ## Measure on a GPU what only a GPU can show, ten minutes; ARGS="--phases contest", see tests/gpu/README.md
+gpu: $(READY) ## Measure on a GPU what only a GPU can show, ten minutes at most; ARGS="--phases contest", see tests/gpu/README.md
 	$(BIN)/python tests/gpu/suite.py $(ARGS)
 
 lint: $(READY) ## Check style, import order between modules, and types

@@ -294,7 +294,7 @@ def test_who_stands_against_whom():
     with pytest.raises(ConfigError, match="takes no audio. Give --modality image"):
         Contest(replace(SMALL, modality="audio"), ("ours",), "qwen2.5-vl-3b")
     with pytest.raises(ConfigError, match="shape='gpt'"):
-        Contest(SMALL, ("ours",), "gpt")  # type: ignore[arg-type]
+        Contest(SMALL, ("ours",), "gpt")
     with pytest.raises(ConfigError, match="memory_gib=-1: needs more than 0"):
         Contest(replace(SMALL, device="cuda"), ("ours",), memory_gib=-1)
     with pytest.raises(ConfigError, match="only a GPU's memory"):

@@ -20,7 +20,7 @@ from vlm_grpo.conversation import Conversation, positions, without_adapter
 from vlm_grpo.data import to_sample
 from vlm_grpo.encode import encode
 from vlm_grpo.errors import ConfigError, EncodingError, MediaError, OverlongError
-from vlm_grpo.evaluate import greedy
+from vlm_grpo.evaluate import complete
 
 MEDIA = {
     "image": lambda seed: tiny.image(seed),
@@ -68,7 +68,7 @@ def said(role: str, text: str, **media: Any) -> dict[str, Any]:
 
 def expected(model: Any, processor: Any, messages: list[dict[str, Any]], length: int) -> str:
     """The answer to a whole prompt, as evaluation gives it."""
-    return greedy(model, processor, [encode(processor, to_sample({"prompt": messages}))], length)[0]
+    return complete(model, processor, [encode(processor, to_sample({"prompt": messages}))], length)[0]
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *lines: Any, tty: bool = True) -> None:

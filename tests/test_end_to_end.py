@@ -22,7 +22,7 @@ from vlm_grpo import VLMGRPOConfig, VLMGRPOTrainer, load_model
 from vlm_grpo.cli import app
 from vlm_grpo.data import to_sample
 from vlm_grpo.encode import encode
-from vlm_grpo.evaluate import evaluate, greedy
+from vlm_grpo.evaluate import complete, evaluate
 
 STEPS = 12
 # Written as TRL documents rewards: messages in, every argument by name. None leaves a completion out.
@@ -178,7 +178,7 @@ def _check_records(workplace: Path, run: Path) -> None:
 def _answer_in_python(workplace: Path, run: Path) -> str:
     model, processor = load_model(run)
     row = {"prompt": tiny.prompt("count 1"), "image": str(workplace / "1-0.png")}
-    return greedy(model.eval(), processor, [encode(processor, to_sample(row))], 4)[0]
+    return complete(model.eval(), processor, [encode(processor, to_sample(row))], 4)[0]
 
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}

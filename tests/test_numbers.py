@@ -72,7 +72,9 @@ def nan_at(word: str):
 
 
 def infinite_output(model):
-    hook = lambda module, args, output: output * math.inf if InLoss.now else None  # noqa: E731
+    def hook(module, args, output):
+        return output * math.inf if InLoss.now else None
+
     model.get_submodule(LAYER).register_forward_hook(hook)
 
 

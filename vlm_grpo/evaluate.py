@@ -143,15 +143,13 @@ def _read(
     return out
 
 
-def greedy(model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int) -> list[str]:
-    """The greedy completion of each encoded prompt, decoded without special tokens. The model's mode is restored."""
-    return complete(model, processor, encodings, max_new_tokens)
-
-
 def complete(
     model: Any, processor: Any, encodings: list[EncodedPrompt], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """As ``greedy``, with further arguments of ``generate``, such as a temperature or (for one prompt) a streamer."""
+    """The completion of each encoded prompt, decoded without special tokens; greedy. The model's mode is restored.
+
+    ``options`` are further arguments of ``generate``, such as a temperature or (for one prompt) a streamer.
+    """
     with inference_mode(model):
         return decoded_texts(processor, completion_tokens(model, processor, encodings, max_new_tokens, **options))
 

@@ -28,11 +28,11 @@ from .precision import float32_adapters, leave_float16
 from .rates import PartRates
 from .rewards.text import completion_text, written
 from .rows import candidates
-from .trainer_config import check_ranges, resolve_precision
+from .trainer_config import RateOptions, check_ranges, resolve_precision
 
 
 @dataclass
-class VLMSFTConfig(TrainingArguments):
+class VLMSFTConfig(RateOptions, TrainingArguments):
     """transformers' ``TrainingArguments`` and ours. Precision left unset follows the machine."""
 
     completion_column: str = field(
@@ -47,16 +47,6 @@ class VLMSFTConfig(TrainingArguments):
     gradient_checkpointing: bool | Literal["unsloth"] = field(  # type: ignore[assignment]
         default=False,
         metadata={"help": 'Recompute activations; "unsloth" also moves them off the GPU, where Unsloth loaded it.'},
-    )
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
-    )
-    audio_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the tower that encodes sounds. Default: learning_rate."}
-    )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of what maps features into the language model. Default: learning_rate."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are encoded from their columns."})
     max_prompt_length: int | None = field(

@@ -27,7 +27,23 @@ Args = TypeVar("Args")
 
 
 @dataclass
-class VLMGRPOConfig(GRPOConfig):
+class RateOptions:
+    """What GRPO and the warm start have in common: the learning rate of each part."""
+
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+    )
+    audio_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the tower that encodes sounds. Default: learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of what maps features into the language model. Default: learning_rate."},
+    )
+
+
+@dataclass
+class VLMGRPOConfig(RateOptions, GRPOConfig):
     """Every option of TRL's ``GRPOConfig`` and ours.
 
     Precision left unset (``bf16=None`` and ``fp16=False``) means bf16 where the GPU computes it natively, else fp16
@@ -60,16 +76,6 @@ class VLMGRPOConfig(GRPOConfig):
             "help": 'Recompute activations in the backward pass; "unsloth" also moves them off the GPU, where Unsloth '
             "loads the model."
         },
-    )
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
-    )
-    audio_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the tower that encodes sounds. Default: learning_rate."}
-    )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of what maps features into the language model. Default: learning_rate."},
     )
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
         default=None,

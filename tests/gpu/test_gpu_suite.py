@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import suite
 from real_unsloth import environment
+from table import NOT_YET, markdown
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import suite  # noqa: E402
-from table import NOT_YET, markdown  # noqa: E402
 
 # What the others do at the size of tiny models.
 REHEARSED = "environment,adapters,logps,merged,precision,flex,contest,fit-3b"

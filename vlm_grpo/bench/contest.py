@@ -91,8 +91,9 @@ def contenders(against: str) -> tuple[Contender, ...]:
     names = list(dict.fromkeys(part.strip() for part in against.split(",")))
     if not set(names) <= {"trl", "unsloth"}:
         raise ConfigError(f"--against {against}: needs trl, unsloth, or both: trl,unsloth.")
-    beside: dict[str, Contender] = {"trl": "ours", "unsloth": "ours-unsloth"}
-    return (*names, *(beside[name] for name in names))  # type: ignore[return-value]
+    pairs: dict[str, tuple[Contender, Contender]] = {"trl": ("trl", "ours"), "unsloth": ("unsloth", "ours-unsloth")}
+    theirs, ours = zip(*(pairs[name] for name in names), strict=True)
+    return (*theirs, *ours)
 
 
 def run_contest(contest: Contest, say: Say = lambda text: None, now: Say = lambda text: None) -> dict[str, Any]:

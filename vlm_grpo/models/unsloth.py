@@ -21,19 +21,27 @@ _FULL_FINETUNING = "UNSLOTH_ENABLE_FULL_FINETUNING"
 _SWITCHES = ("vision_layers", "language_layers", "attention_modules", "mlp_modules")
 
 
+@contextmanager
+def _banners_aside() -> Iterator[None]:
+    """What Unsloth prints goes to stderr: among a command's answers its banners would be read as one."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
 def why_not() -> str:
     """Why Unsloth cannot load a model here, as a clause, or an empty string. Imports Unsloth where that can succeed."""
     reason = why_not_unsloth()
     if reason:
         return reason
     try:
-        with redirect_stdout(sys.stderr):  # its banners would stand among a command's answers
+        with _banners_aside():
             from unsloth import FastVisionModel  # pyright: ignore[reportMissingImports] # noqa: F401
     except IMPORT_FAILURES as error:
         return f"Unsloth cannot be imported here ({str(error).strip().partition(chr(10))[0]})"
     return ""
 
 
+@_banners_aside()
 def load(
     name: str,
     load_in_4bit: bool,
@@ -44,19 +52,6 @@ def load(
     gradient_checkpointing: bool | str,
 ) -> tuple[Any, Any]:
     """As ``load_model``, by ``FastVisionModel``, which loads text-only models too. Call ``why_not`` first."""
-    with redirect_stdout(sys.stderr):
-        return _load(name, load_in_4bit, lora, parts, dtype, max_seq_length, gradient_checkpointing)
-
-
-def _load(
-    name: str,
-    load_in_4bit: bool,
-    lora: LoraOptions | None,
-    parts: Parts,
-    dtype: str,
-    max_seq_length: int | None,
-    gradient_checkpointing: bool | str,
-) -> tuple[Any, Any]:
     from unsloth import FastVisionModel  # pyright: ignore[reportMissingImports]
 
     from .hf import adapter_base, written_base  # transformers comes after Unsloth

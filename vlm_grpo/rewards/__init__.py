@@ -64,11 +64,14 @@ def check_finite(values: Iterable[Any], name: str, columns: dict[str, Any]) -> l
     values = list(values)
     for number, value in enumerate(values):
         if isinstance(value, SupportsFloat) and not _is_finite(value):
-            raise RewardError(
-                f'The reward "{name}" returned {float(value)}. Return a finite number, or None'
-                f"{row_of(columns, number)}."
-            )
+            raise _not_finite(name, float(value), columns, number)
     return values
+
+
+def _not_finite(name: str, value: Any, columns: dict[str, Any], number: int) -> RewardError:
+    return RewardError(
+        f'The reward "{name}" returned {value}. Return a finite number, or None{row_of(columns, number)}.'
+    )
 
 
 def row_of(columns: dict[str, Any], number: int) -> str:
@@ -139,10 +142,7 @@ def _checked(function: Callable[..., Any], spec: RewardSpec, label: str) -> Call
             )
         for number, value in enumerate(values):
             if value is not None and not _is_finite(value):
-                raise RewardError(
-                    f'The reward "{spec.name}" returned {value}. Return a finite number, or None'
-                    f"{row_of(columns, number)}."
-                )
+                raise _not_finite(spec.name, value, columns, number)
         return values
 
     @contextmanager
