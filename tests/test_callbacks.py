@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -29,7 +30,8 @@ from vlm_grpo.callbacks import (
     graceful_signals,
 )
 from vlm_grpo.media import Medium
-from vlm_grpo.progress import ProgressCallback
+from vlm_grpo.notes import kept_warnings
+from vlm_grpo.progress import ProgressCallback, peak_memory
 
 
 class One(torch.nn.Module):
@@ -162,7 +164,7 @@ class Rollouts:
 
 
 def step(callback, number: int, log: bool = True):
-    state = SimpleNamespace(global_step=number, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=number, max_steps=10, is_world_process_zero=True)
     callback.on_step_end(None, state, None)
     if log:
         callback.on_log(None, state, None, logs={"loss": 0.0})
@@ -178,7 +180,10 @@ def test_every_rollout_is_written_once(tmp_path):  # covers Q9
     assert [(line["step"], line["completion"]) for line in lines(path)] == [
         (step, f"{rollout}.{index}") for rollout, step in ((1, 1), (2, 3), (3, 5)) for index in range(3)
     ]
-    assert lines(path)[1] == {
+    line = lines(path)[1]
+    (kept,) = line.pop("media_files")
+    assert kept["kind"] == "image" and Image.open(tmp_path / kept["file"]).size == (56, 56)
+    assert line == {
         "answer": 1,
         "step": 1,
         "prompt": "[<image 56x56>] which digit ?",
@@ -204,6 +209,43 @@ def test_an_evaluation_is_never_written_as_training(tmp_path):
 def test_nothing_is_written_before_the_first_rollout(tmp_path):
     step(SamplesCallback(tmp_path / "samples.jsonl", Rollouts(2)), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_media_of_samples_are_kept_once_and_small(tmp_path):  # covers Q9
+    picture = tmp_path / "photo.jpg"
+    Image.effect_noise((900, 600), 80).convert("RGB").save(picture)
+    rollouts = Rollouts(4)
+
+    def roll(number: int, *media: Medium):
+        rollouts.generate()
+        parts = [{"type": medium.kind, medium.kind: medium} for medium in media]
+        for index in range(4):
+            rollouts._logs["prompt"][index] = [{"role": "user", "content": parts}]
+        step(SamplesCallback(tmp_path / "samples.jsonl", rollouts), number)
+
+    roll(1, Medium.of(picture), Medium.of(picture))
+    roll(2, Medium.of(picture))  # as after a resume: another callback, other objects
+    (kept,) = (tmp_path / "media").iterdir()
+    assert Image.open(kept).size == (256, 171) and kept.stat().st_size < 100_000
+    files = [line["media_files"] for line in lines(tmp_path / "samples.jsonl")]
+    here = {"kind": "image", "file": f"media/{kept.name}"}
+    assert files == [[here, here]] * 4 + [[here]] * 4
+
+
+def test_a_medium_that_cannot_be_kept_stops_nothing_and_is_said_once(tmp_path, caplog):
+    (tmp_path / "media").write_text("a file where the folder would be")
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"\x89PNG\r\n")
+    rollouts = Rollouts(2)
+    callback = SamplesCallback(tmp_path / "samples.jsonl", rollouts)
+    for number in (1, 2):
+        rollouts.generate()
+        parts = [{"type": "image", "image": Medium.of(torn)}, {"type": "image", "image": Medium.of(b"")}]
+        rollouts._logs["prompt"][0] = [{"role": "user", "content": parts}]
+        step(callback, number)
+    assert [line["media_files"] for line in lines(tmp_path / "samples.jsonl")] == [[]] * 4
+    said = [record.message for record in caplog.records if "Left out of the samples" in record.message]
+    assert sum("torn.png" in text for text in said) == 1 and len(said) == len(set(said))
 
 
 def test_transcript_of_plain_text_tools_and_several_turns():
@@ -350,7 +392,7 @@ def test_plain_lines_every_tenth_of_a_quick_run(tmp_path, clock):
     text = shown(tmp_path, clock, 0.5, 40).splitlines()
     assert text[0] == "digits: 40 steps" and "\x1b" not in "".join(text)
     assert [line.split(" ·")[0] for line in text[1:]] == [f"step {s}/40 ({s / 40:.0%})" for s in range(4, 41, 4)]
-    assert text[1].startswith("step 4/40 (10%) · 0:02 · 0:18 left · loss ")
+    assert re.match(r"step 4/40 \(10%\) · 0:02 · 0:18 left · memory \d+\.\d GiB · loss \d", text[1])
 
 
 def test_plain_lines_every_ten_seconds_of_a_slow_run(tmp_path, clock):
@@ -361,7 +403,7 @@ def test_plain_lines_every_ten_seconds_of_a_slow_run(tmp_path, clock):
 
 def test_one_live_bar(tmp_path, clock):
     text = shown(tmp_path, clock, 3, 5, live=True)
-    assert "digits" in text and re.search(r"5/5 · 0:\d\d · 0:00 left · loss \d", text)
+    assert "digits" in text and re.search(r"5/5 · 0:\d\d · 0:00 left · memory \d+\.\d GiB · loss \d", text)
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h")  # the cursor is given back
 
 
@@ -369,6 +411,67 @@ def test_values_are_named_and_kept_between_logs():
     progress = ProgressCallback(console=Console(file=io.StringIO()))
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10)
     progress.on_train_begin(None, state, None)
-    progress.on_log(None, state, None, logs={"reward": 0.84211, "completions/mean_length": 213.4, "loss": 0.0123456})
-    progress.on_log(None, state, None, logs={"reward": None, "loss": 0.5})
-    assert progress._status(state) == " · reward 0.842 · length 213 · loss 0.5"
+    progress.on_log(None, state, None, logs={"loss": 0.0123456, "reward": 0.84211, "completions/mean_length": 213.4})
+    progress.on_log(None, state, None, logs={"reward": None, "loss": 0.5, "kl": 0.01234})
+    status = re.sub(r"memory \d+\.\d GiB", "memory M", progress._status(state))
+    assert status == " · reward 0.842 · length 213 · KL 0.012 · memory M · loss 0.5"
+
+
+def test_memory_is_the_most_that_this_process_took():
+    status = Path("/proc/self/status")
+    if torch.cuda.is_available() or not status.exists():
+        pytest.skip("compared with what Linux says of a process on a CPU")
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    assert peak_memory() == pytest.approx(int(peak.split()[1]) / 2**20, rel=0.05)  # kB
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (
+            140,
+            ["train ━", "770/1500 · ", " left · reward 0.842 · length 213 · KL 0.012 · memory ", " GiB · loss 0.0123"],
+        ),
+        (
+            120,
+            ["train ━", "770/1500 · ", " left · reward 0.842 · length 213 · KL 0.012 · memory ", " GiB · loss 0.0123"],
+        ),
+        (80, ["━", "770/1500 · 4:44 left · reward 0.842 · length 213 · KL 0.012 · ", " GiB"]),
+        (50, ["━", "770/1500 · 4:44 left · reward 0.842", "…"]),
+    ],
+)
+def test_one_line_at_any_width_the_most_telling_first(width, expected, clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    progress = ProgressCallback("train", console)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1500)
+    progress.on_train_begin(None, state, None)
+    clock[0] += 300
+    state.global_step = 770
+    progress.on_step_end(None, state, None)
+    logs = {"reward": 0.8421, "completions/mean_length": 213.4, "loss": 0.0123, "kl": 0.01234}
+    progress.on_log(None, state, None, logs=logs)
+    page = Console(file=io.StringIO(), width=width)
+    page.print(progress._progress.get_renderable())
+    progress.close()
+    line = page.file.getvalue().rstrip("\n")
+    assert "\n" not in line and len(line) <= width
+    position = 0
+    for part in expected:
+        position = line.index(part, position) + len(part)
+
+
+# ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_of_a_run_are_kept_once_with_their_step(tmp_path):
+    path, trainer = tmp_path / "notes.jsonl", SimpleNamespace(state=SimpleNamespace(global_step=3))
+    log = logging.getLogger("vlm_grpo.somewhere")
+    with kept_warnings(path, trainer):
+        log.info("no warning")
+        log.warning("%d%% of the groups are tied", 38)
+        trainer.state.global_step = 4
+        log.warning("%d%% of the groups are tied", 38)
+        log.warning("x" * 9000)
+    log.warning("after the run")
+    assert lines(path) == [{"step": 3, "text": "38% of the groups are tied"}, {"step": 4, "text": "x" * 2000}]
+    assert cut_back(path, 3) == 1, "a run that continues from step 3 says the rest again"

@@ -133,7 +133,7 @@ def test_embedded_pictures_and_saved_datasets(folder, monkeypatch):
 
 
 BROKEN = {
-    "no prompt": ([{"question": "x"}], 'row 1: the row has no "prompt"'),
+    "no prompt": ([{"question": "x"}], 'row 1: the row fits no format: it has "question". The nearest is "vqa"'),
     "empty prompt": ([{"prompt": "ok"}, {"prompt": []}], 'row 2: the row has no "prompt"'),
     "a number": ([{"prompt": 5}], 'row 1: "prompt" is 5'),
     "one message": ([{"prompt": {"role": "user", "content": "x"}}], "row 1: \"prompt\" is {'role'"),

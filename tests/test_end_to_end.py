@@ -149,7 +149,7 @@ def _check_results(run: Path) -> None:
     assert "model.safetensors" not in names, "an adapter, not a copy of its base"
 
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert set(evaluation) == {"before", "after", "control"} and evaluation["after"]["rows"] == 3
+    assert set(evaluation) == {"before", "after", "control", "change"} and evaluation["after"]["rows"] == 3
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == STEPS and result["stopped"] is None and result["evaluation"] == evaluation
     with Image.open(run / "curves.png") as picture:

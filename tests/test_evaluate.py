@@ -1,5 +1,6 @@
 """Held-out figures: the interval, what counts, what blanking takes away, and a model that is left as it was."""
 
+import asyncio
 import math
 from functools import partial
 
@@ -10,8 +11,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from vlm_grpo.errors import MediaError, RewardError
-from vlm_grpo.evaluate import accuracy_of_learned, evaluate, wilson
+from vlm_grpo.errors import ConfigError, MediaError, RewardError
+from vlm_grpo.evaluate import Yardstick, accuracy_of_learned, evaluate, wilson
+from vlm_grpo.rewards import Failed
 
 
 @pytest.mark.parametrize(
@@ -169,3 +171,114 @@ def test_a_warm_start_is_scored_by_the_text_that_it_learns(built, column):
     assert evaluate(model, processor, data, **score, shown_too=[column]).correct == [True, True, False]
     with pytest.raises(RewardError, match=f'there is no column "{column}"'):
         evaluate(model, processor, plain, **score, shown_too=[column])
+
+
+# ---- several rewards, drawn answers, controls ------------------------------------------------------------------------
+
+
+def length(completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+async def first(completion_ids, **columns):
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
+def test_every_reward_measures_and_one_says_what_is_right(built):
+    model, processor = built
+
+    def partly(answer, **columns):
+        return [None if i == "0" else Failed("HTTP 503") if i == "1" else 0.5 for i in answer]
+
+    yard = Yardstick(
+        {"first": first, "length": length, "partly": partly}, {"length": 0.1}, correct="length", right_at=3
+    )
+    found = evaluate(model, processor, rows(4), yardstick=yard, max_new_tokens=3, batch_size=3)
+    again = evaluate(model, processor, rows(4), score=first, max_new_tokens=3)
+    for row, other in zip(found.rows, again.rows, strict=True):
+        assert row.completion == other.completion and row.rewards["first"] == other.rewards["first"]
+        assert row.correct is (row.rewards["length"] >= 3)
+    assert [row.rewards["partly"] for row in found.rows] == [None, Failed("HTTP 503"), 0.5, 0.5]
+    assert found.rows[1].total is None
+    values = found.rows[2].rewards
+    assert found.rows[2].total == pytest.approx(values["first"] + 0.1 * values["length"] + 0.5)
+    assert [row.row for row in found.rows] == [1, 2, 3, 4] and found.rows[1].truth == "1"
+    assert found.rows[0].prompt == "[<image 56x56>] read the digit" and found.rows[0].media == ["<image 56x56>"]
+    assert found.only({2, 4}).answers == found.answers[1::2] and found.only({2, 4}).left_out == 2
+
+
+def test_a_reward_that_returns_what_is_none_is_named(built):
+    model, processor = built
+
+    def short(completions, **columns):
+        return [1.0]
+
+    with pytest.raises(RewardError, match='"short" returned 1 values for 2 completions'):
+        evaluate(model, processor, rows(2), score=short, max_new_tokens=2)
+    with pytest.raises(RewardError, match='"<lambda>" returned nan'):
+        evaluate(model, processor, rows(1), score=lambda **_: [math.nan], max_new_tokens=2)
+
+
+def test_async_rewards_share_one_event_loop(built):
+    model, processor = built
+    loops, running = set(), []
+
+    async def slow(completions, **columns):
+        loops.add(asyncio.get_running_loop())
+        running.append(1)
+        await asyncio.sleep(0.05)
+        both = len(running) % 2 == 0
+        return [float(both)] * len(completions)
+
+    async def also(completions, **columns):
+        return await slow(completions)
+
+    yard = Yardstick({"slow": slow, "also": also})
+    found = evaluate(model, processor, rows(4), yardstick=yard, batch_size=2, max_new_tokens=1)
+    assert len(loops) == 1 and found.accuracy == 1.0, "each waits while the other one runs"
+
+
+def test_drawn_answers_are_seeded_and_change_nothing_else(built):
+    model, processor = built
+    options = {"score": first, "max_new_tokens": 4, "batch_size": 4}
+    state = torch.random.get_rng_state()
+    greedy = evaluate(model, processor, rows(), **options)
+    some, same, other = (evaluate(model, processor, rows(), samples=3, seed=s, **options) for s in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert some.answers == greedy.answers and [row.rewards for row in some.rows] == [r.rewards for r in greedy.rows]
+    drawn = [row.drawn for row in some.rows]
+    assert drawn == [row.drawn for row in same.rows] != [row.drawn for row in other.rows]
+    assert all(len(texts) == 3 == len(row.drawn_correct) for texts, row in zip(drawn, some.rows, strict=True))
+    assert len({text for texts in drawn for text in texts}) > 6 and all(row.drawn == () for row in greedy.rows)
+    cold = evaluate(model, processor, rows(), samples=2, temperature=1e-4, **options)
+    assert [row.drawn for row in cold.rows] == [(answer, answer) for answer in greedy.answers]
+    with pytest.raises(ConfigError, match="temperature=0: answers are drawn at a temperature above 0"):
+        evaluate(model, processor, rows(), samples=2, temperature=0)
+
+
+def test_shuffling_gives_each_row_the_picture_of_another(built):
+    model, processor = built
+    data = rows()
+    found = evaluate(model, processor, data, control="shuffle", seed=3, max_new_tokens=5)
+    pictures = [row["images"] for row in data]
+    for row, answered in zip(data, found.rows, strict=True):
+        others = [images for images in pictures if images and images is not row["images"]]
+        given = [alone(model, processor, {**row, "images": images}) for images in others] if row["images"] else []
+        assert answered.completion in given or (not given and answered.completion == alone(model, processor, row))
+    assert found.answers != evaluate(model, processor, data, max_new_tokens=5).answers
+    table = Dataset.from_list(data)
+    again = evaluate(model, processor, table, control="shuffle", seed=3, max_new_tokens=5, batch_size=2)
+    assert again.answers == found.answers
+    with pytest.raises(ConfigError, match="shuffle needs all rows at hand"):
+        evaluate(model, processor, iter(data), control="shuffle")
+    with pytest.raises(ConfigError, match="one row has 1 of the 1 of its kind"):
+        evaluate(model, processor, data[:1], control="shuffle")
+
+
+def test_without_its_media_a_row_is_its_text(built):
+    model, processor = built
+    bare = [{**row, "prompt": tiny.prompt("read the digit", 0), "images": []} for row in rows()]
+    expected = evaluate(model, processor, bare, max_new_tokens=5).answers
+    assert evaluate(model, processor, rows(), control="text", max_new_tokens=5).answers == expected
+    with pytest.raises(ConfigError, match='"blanc" is not known. Did you mean "blank"'):
+        evaluate(model, processor, rows(), control="blanc")  # type: ignore[arg-type]

@@ -2,12 +2,16 @@
 
 import json
 import math
+import random
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vlm_grpo import report
+from vlm_grpo.report import curves, records, sheet, style
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -19,11 +23,49 @@ def write(path: Path, records: list[dict]) -> Path:
 def titles(monkeypatch):
     """The titles of the panels that ``draw_curves`` fills, in order."""
     seen = []
-    draw = report._draw_panel
+    draw = curves._draw_panel
     monkeypatch.setattr(
-        report, "_draw_panel", lambda axes, panel, records: (seen.append(panel.key), draw(axes, panel, records))
+        curves, "_draw_panel", lambda axes, panel, records: (seen.append(panel.key), draw(axes, panel, records))
     )
     return seen
+
+
+def test_names_that_matplotlib_would_read_as_formulas_are_drawn(tmp_path):
+    names = ("a$b$\\frac", "_hidden", "\ud800", "x" * 200)
+    logged = [{"step": s, "reward": s, **{f"rewards/{name}/mean": s * 2 for name in names}} for s in range(3)]
+    (drawing,) = curves.curve_drawings(logged)
+    assert [name for name, _ in drawing.lines[1:]] == ["a$b$\\frac", "hidden", "?", "x" * 27 + "…"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert report.draw_curves(write(tmp_path / "metrics.jsonl", logged), tmp_path / "curves.png")
+
+
+def test_drawings_take_the_colours_of_the_page_and_stay_small():
+    random.seed(0)
+    logged = [
+        {"step": s, "loss": random.random(), "reward": 1.0, "groups/dead": 0.5, "groups/dead_low": 0.2, "kl": 0.1}
+        for s in range(6_000)
+    ]
+    drawings = curves.curve_drawings(logged)
+    assert [drawing.title for drawing in drawings][1:] == ["loss", "KL to the reference (nats)"] + [
+        "groups with equal rewards (share)"
+    ]
+    assert [name for name, _ in drawings[3].lines] == ["total", "all lowest"]
+    for drawing in drawings:
+        assert "var(--hue-0)" in drawing.svg and "var(--muted)" in drawing.svg
+        assert not re.search(r"(fill|stroke): #(?!none)", drawing.svg), "every colour has a dark side"
+        assert len(drawing.svg) < 150_000
+    names = [re.findall(r'\bid="([^"]+)"', drawing.svg) for drawing in drawings]
+    assert len(set(sum(names, []))) == sum(map(len, names)), "ids are a page's own"
+
+
+def test_thinning_keeps_every_peak():
+    steps, values = [float(s) for s in range(30_000)], [0.0] * 30_000
+    values[12_345] = 7.0
+    thin_steps, thin_values = curves._thinned(steps, values)
+    assert len(thin_steps) == len(thin_values) <= 1250
+    assert (12_345.0, 7.0) in zip(thin_steps, thin_values, strict=True)
+    assert curves._thinned([1.0, 2.0], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
 
 
 def test_only_metrics_with_values_get_a_panel(tmp_path, titles):
@@ -72,19 +114,21 @@ def test_a_torn_line_is_left_out(tmp_path):
 
 def test_smoothing_keeps_the_level_and_follows_a_slope_without_lag():
     line = [0.5 * index for index in range(100)]
-    smoothed = report._smooth(line)
+    smoothed = curves._smooth(line)
     assert smoothed[50] == pytest.approx(line[50])
     assert smoothed[0] == pytest.approx(sum(line[:4]) / 4)
-    assert report._smooth([3.0] * 60) == [3.0] * 60
-    assert report._smooth([1.0, 9.0, 2.0]) == [1.0, 9.0, 2.0]
+    assert curves._smooth([3.0] * 60) == [3.0] * 60
+    assert curves._smooth([1.0, 9.0, 2.0]) == [1.0, 9.0, 2.0]
 
 
 def test_a_single_reward_function_is_drawn_once():
-    records = [{"step": s, "reward": s / 7, "rewards/accuracy/mean": s / 7} for s in range(5)]
-    total = report._series(records, "reward")[1]
-    assert report._reward_parts(records, total) == {}
-    halved = [record | {"reward": record["reward"] / 2} for record in records]
-    assert list(report._reward_parts(halved, report._series(halved, "reward")[1])) == ["accuracy"]
+    logged = [{"step": s, "reward": s / 7, "rewards/accuracy/mean": s / 7} for s in range(5)]
+    (drawing,) = curves.curve_drawings(logged)
+    assert drawing.lines == []
+    halved = [record | {"reward": record["reward"] / 2} for record in logged]
+    (drawing,) = curves.curve_drawings(halved)
+    assert [name for name, _ in drawing.lines] == ["total", "accuracy"]
+    assert drawing.story == "0 at step 0, 0.2857 at step 4"  # 4 / 7 / 2
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.9, "0:07"), (750, "12:30"), (11100, "3:05:00")])
@@ -94,7 +138,7 @@ def test_duration(seconds, text):
 
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "1e-5"), (0.25, "0.25"), (0.0, "0"), (250000.0, "2.5e5")])
 def test_axis_numbers_are_short(value, text):
-    assert report._number(value) == text
+    assert records.number(value) == text
 
 
 def test_contact_sheet_frames_tell_right_from_wrong(tmp_path):
@@ -113,7 +157,7 @@ def test_contact_sheet_frames_tell_right_from_wrong(tmp_path):
         "Digits",
     )
     colours = {colour for _, colour in Image.open(out).getcolors(1 << 24)}
-    right, wrong = (tuple(bytes.fromhex(hue[1:])) for hue in (report.RIGHT, report.WRONG))
+    right, wrong = (tuple(bytes.fromhex(hue[1:])) for hue in (style.RIGHT, style.WRONG))
     assert {right, wrong} <= colours
     report.contact_sheet(images, ["", "", ""], None, out)
     colours = {colour for _, colour in Image.open(out).getcolors(1 << 24)}
@@ -126,10 +170,10 @@ def test_contact_sheet_refuses_a_missing_caption(tmp_path):
 
 
 def test_captions_wrap_at_words_and_end_in_an_ellipsis():
-    font = report._font(16)
-    lines = report._wrap("the quick brown fox jumps over the lazy dog", font, 120)
+    font = sheet._font(16)
+    lines = sheet._wrap("the quick brown fox jumps over the lazy dog", font, 120)
     assert lines[0] == "the quick" and lines[1].startswith("brown fox") and lines[1].endswith("…") and len(lines) == 2
     assert all(font.getlength(line) <= 120 for line in lines)
-    assert report._wrap("two\nlines", font, 120) == ["two", "lines"]
-    (cut,) = report._wrap("x" * 99, font, 120)
+    assert sheet._wrap("two\nlines", font, 120) == ["two", "lines"]
+    (cut,) = sheet._wrap("x" * 99, font, 120)
     assert cut.endswith("x…") and font.getlength(cut) <= 120

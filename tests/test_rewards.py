@@ -188,7 +188,7 @@ def test_async_rewards_stay_async(own):
         (torch.tensor([1.0, math.nan]), "returned nan|returned tensor"),
         ([1.0], "returned 1 values for 2 completions"),
         ([1.0] * 3, "returned 3 values for 2 completions"),
-        ([1.0, "1"], "returned 1. Return a finite number"),
+        ([1.0, "1"], "returned '1'. Return a finite number"),
         (None, "returned None. Return a list"),
         (1.0, "returned 1.0. Return a list"),
         ("ab", "returned 'ab'. Return a list"),

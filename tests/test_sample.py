@@ -140,3 +140,15 @@ def test_what_is_no_medium_is_reported_among_the_bad_ones(tmp_path: Path):
         load_data(str(tmp_path / "rows.jsonl"))
     rows = load_data(str(tmp_path / "rows.jsonl"), check_files=False)
     assert sorted(scan_media(rows, "rows.jsonl").bad) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": [{"role": None, "content": "x"}]}, 'has no "role"'),
+        ({"prompt": [{"role": "user", "content": "x"}], "audio": [[[1.0, 2.0], [3.0]]]}, "form no array"),
+    ],
+)
+def test_rows_that_once_ended_in_a_traceback(row, sentence):
+    with pytest.raises(DataFormatError, match=sentence):
+        to_sample(row)

@@ -159,7 +159,7 @@ def test_users_objects_stay_and_errors_are_sentences(tmp_path):
     data = Dataset.from_list(rows())
     VLMSFTTrainer(model, config(tmp_path), data, processing_class=processor).train()
     assert repr(processor) == before
-    with pytest.raises(ConfigError, match='no column "text" to learn .it has prompt, images, completion'):
+    with pytest.raises(ConfigError, match='no column "text" to learn .it has answer, prompt, images, completion'):
         VLMSFTTrainer(model, config(tmp_path, completion_column="text"), data, processing_class=processor)
     for empty in (None, ""):
         with pytest.raises(DataFormatError, match='A row has no text in "completion"'):

@@ -101,6 +101,8 @@ def test_defaults_are_trls_but_for_ours():
         "flow_check": True,
         "max_prompt_length": None,
         "on_overlong": "drop",
+        "resample_dead_groups": 0,
+        "max_reward_failures": 0.5,
         "group_sharing": "auto",
         "group_attention": "reference",
         **dict.fromkeys(("vision_learning_rate", "audio_learning_rate", "projector_learning_rate")),

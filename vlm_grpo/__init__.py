@@ -21,6 +21,7 @@ _HOMES = {
     "scan_media": "data.scan",
     "load_rewards": "rewards",
     "export_run": "export",
+    "evaluate_run": "evaluating",
     "apply_unsloth_patch": "patches.unsloth",
     "undo_unsloth_patch": "patches.unsloth",
     "unsloth_patch": "patches.unsloth",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .data import load_data as load_data
     from .data.scan import scan_media as scan_media
     from .errors import VLMGRPOError as VLMGRPOError
+    from .evaluating import evaluate_run as evaluate_run
     from .export import export_run as export_run
     from .models import load_model as load_model
     from .patches.unsloth import apply_unsloth_patch as apply_unsloth_patch

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .report import draw_curves, read_jsonl
+from .media import Medium
+from .report import MediaFolder, draw_curves, read_jsonl
 
 Wish = TypeVar("Wish", bool, str | None)
 
@@ -119,16 +120,18 @@ class SamplesCallback(TrainerCallback):
     """Appends completions to a JSON-lines file: of the newest rollout at every log, each rollout at most once.
 
     A line holds ``step, prompt, completion, answer, rewards, advantage, media``: texts with the media's labels in
-    place of the media, and what rewards logged by TRL's ``log_extra`` under its own name.
+    place of the media, and what rewards logged by TRL's ``log_extra`` under its own name; under ``media_files`` it
+    names small copies of the media, ``{"kind", "file"}``, that a ``MediaFolder`` keeps beside the file.
 
     Args:
-        path: the file.
+        path: the file, in the run folder.
         trainer: TRL's GRPOTrainer or a child of it, whose ``_logs`` hold the newest rollout.
         per_step: the first so many completions of a rollout are written, so whole groups.
     """
 
     def __init__(self, path: Path, trainer: Any, per_step: int = 16) -> None:
         self.path, self.trainer, self.per_step = Path(path), trainer, per_step
+        self.media = MediaFolder(self.path.parent, getattr(trainer, "media", None))
         self._seen: Any = None
         self._pending: list[dict[str, Any]] = []
 
@@ -142,6 +145,7 @@ class SamplesCallback(TrainerCallback):
         newest = self._newest()
         if newest is not self._seen and state.is_world_process_zero:
             self._seen = newest
+            self.media.begin(state.global_step / state.max_steps if state.max_steps > 0 else 1.0)
             self._pending = self._rows(state.global_step)
 
     def on_evaluate(self, args, state, control, **kwargs: Any):
@@ -156,16 +160,25 @@ class SamplesCallback(TrainerCallback):
         logs = self.trainer._logs
         count = len(logs["prompt"])
         extra = {name: list(values) for name, values in logs["extra"].items() if len(values) == count}
+        count = min(count, self.per_step)
+        files = self.media.keep([media_of(prompt) for prompt in list(logs["prompt"])[:count]])
         rows = []
-        for index in range(min(count, self.per_step)):
+        for index in range(count):
             prompt, media = transcript(logs["prompt"][index])
             rows.append(
                 {name: values[index] for name, values in extra.items()}
                 | {"step": step, "prompt": prompt, "completion": transcript(logs["completion"][index])[0]}
                 | {"rewards": {name: values[index] for name, values in logs["rewards"].items()}}
-                | {"advantage": logs["advantages"][index], "media": media}
+                | {"advantage": logs["advantages"][index], "media": media, "media_files": files[index]}
             )
         return rows
+
+
+def media_of(conversation: str | list[dict[str, Any]]) -> list[Medium]:
+    """The media of a conversation, in order; those of a templated text stand elsewhere."""
+    contents = [] if isinstance(conversation, str) else [message.get("content") for message in conversation]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part[part["type"]] for part in parts if isinstance(part.get(part["type"]), Medium)]
 
 
 def transcript(conversation: str | list[dict[str, Any]]) -> tuple[str, list[str]]:

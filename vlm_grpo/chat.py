@@ -1,12 +1,11 @@
 """Talk to a trained run: one question, or a conversation about pictures, videos and sounds, on a terminal or a pipe."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from .config import MediaOptions, RunConfig, load_config
+from .config import MediaOptions, RunConfig
 from .conversation import Conversation
 from .errors import ConfigError, MediaError
 from .folder import CONFIG
@@ -14,6 +13,7 @@ from .media import KINDS, Kind, Medium
 from .media.check import check_medium
 from .models import load_model
 from .terminal import Terminal
+from .trained import as_trained, config_of, template_of
 
 _LOG = logging.getLogger("vlm_grpo")
 
@@ -58,13 +58,13 @@ def chat(
         OverlongError: the prompt has more tokens than the model has positions.
         ConfigError: no such run, or nothing to compare it with.
     """
-    config = _config(run)
+    config = config_of(run)
     media = config.media if config is not None else MediaOptions()
     given: dict[Kind, list[str]] = {
         kind: list(paths or []) for kind, paths in zip(KINDS, (images, videos, audios), strict=True)
     }
     _check_files(given, media)
-    model, processor = load_model(run, **_as_trained(config))
+    model, processor = load_model(run, **as_trained(run, config))
     conversation = Conversation(
         model,
         processor,
@@ -72,7 +72,7 @@ def chat(
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        template=_template(config),
+        template=template_of(config),
     )
     talk = Terminal(conversation, lambda: _base(run, config, model), given, stream=stream, as_json=as_json)
     if compare_base:
@@ -80,25 +80,6 @@ def chat(
     if prompt is not None:
         return talk.ask(prompt)
     return talk.hold(run)
-
-
-def _config(run: str) -> RunConfig | None:
-    """The config of a run folder, or of the run that a checkpoint belongs to."""
-    folder = Path(run).expanduser()
-    places = [folder, folder.absolute().parent] if folder.name.startswith("checkpoint-") else [folder]
-    file = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
-    return load_config(file) if file is not None else None
-
-
-def _as_trained(config: RunConfig | None) -> dict[str, Any]:
-    """How a run loaded its model: answers from other weights would not be those that were trained and measured."""
-    if config is None:
-        return {}
-    return {"load_in_4bit": config.load_in_4bit, "dtype": config.dtype, "backend": config.backend}
-
-
-def _template(config: RunConfig | None) -> dict[str, Any]:
-    return dict(config.train.get("chat_template_kwargs") or {}) if config is not None else {}
 
 
 def _check_files(given: dict[Kind, list[str]], options: MediaOptions) -> None:
@@ -121,4 +102,4 @@ def _base(run: str, config: RunConfig | None, model: Any) -> Any:
             "compare it with. Give a run folder, or ask without the base."
         )
     _LOG.info("This run trained the model itself: %s is loaded beside it, with as much memory again.", config.model)
-    return load_model(config.model, **_as_trained(config))[0]
+    return load_model(config.model, **as_trained(run, config))[0]

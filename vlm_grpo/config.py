@@ -18,6 +18,7 @@ from .options import Options
 from .options import RewardSpec as RewardSpec
 from .parts import PARTS, Part, Parts, parts_of
 from .predecessors import PREDECESSORS, translate
+from .presets import PRESETS, preset_layer
 from .sentences import Location, as_sentence
 from .yaml_text import dump_yaml, parse_value, read_yaml
 
@@ -28,6 +29,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class RunConfig(Options):
     """Everything one run is made of."""
 
+    preset: str | None = Field(
+        default=None,
+        description=f"Published options of another project to start from; your own win: {', '.join(PRESETS)}.",
+    )
     model: str = Field(min_length=1, description="Model folder, run folder or hub name to start from.")
     backend: Backend = Field(
         default="auto",
@@ -177,8 +182,15 @@ def load_config(
     notes: list[str] = []
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for source, layer in _layers(path, overrides or [], direct or {}):
-        _merge(merged, _expand(translate(layer, source, notes), source), source, origin)
+    layers = [
+        (source, _expand(translate(layer, source, notes), source))
+        for source, layer in _layers(path, overrides or [], direct or {})
+    ]
+    preset = next((layer["preset"] for _, layer in reversed(layers) if "preset" in layer), None)
+    if preset is not None:
+        layers.insert(0, (f"preset {preset}", _expand(preset_layer(preset), f"preset {preset}")))
+    for source, layer in layers:
+        _merge(merged, layer, source, origin)
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:

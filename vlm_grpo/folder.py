@@ -18,9 +18,9 @@ from .errors import CheckpointError
 CONFIG, RESULT, METRICS, SAMPLES, CURVES = "config.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "curves.png"
 logger = logging.getLogger("vlm_grpo")
 
-INPUTS, EVALUATION = "inputs.json", "evaluation.json"
+INPUTS, EVALUATION, EVALUATION_ROWS, NOTES = "inputs.json", "evaluation.json", "evaluation.jsonl", "notes.jsonl"
 # What a run has written before its first step; "completions" is TRL's.
-_BEFORE_TRAINING = {CONFIG, INPUTS, EVALUATION, "completions"}
+_BEFORE_TRAINING = {CONFIG, INPUTS, EVALUATION, EVALUATION_ROWS, NOTES, "completions"}
 # Neither changes what is learned: a run may be moved, and continued with another time limit.
 _FREE_TO_CHANGE = ("output", "max_minutes", "media.scan", "media.on_bad", "train.flow_check", "train.gradient_check")
 

@@ -15,6 +15,7 @@ from .media import Kind
 _LOG = logging.getLogger("vlm_grpo")
 _REFUSALS = (MediaError, EncodingError, OverlongError)
 _SHOWN = 20
+_UNHEARD = "the row says that its video is heard. Set media.audio_in_video: true, or the model only sees it."
 
 
 class Intake:
@@ -68,6 +69,9 @@ class Intake:
             DataFormatError: the row is no sample.
         """
         sample = to_sample(row, self.root, where)
+        if sample.columns.get("audio_in_video") and not self.media.audio_in_video and _UNHEARD not in self._said:
+            self._said.add(_UNHEARD)
+            _LOG.warning("%s: %s", where or "A row", _UNHEARD)
         return sample, self.encode(sample, epoch)
 
     def encode(self, sample: Sample, epoch: int | None = None) -> EncodedPrompt:
@@ -92,7 +96,7 @@ class Intake:
         self.left_out["too long" if too_long else "bad media"] += 1
         if str(error) not in self._said and len(self._said) < _SHOWN:
             self._said.add(str(error))
-            _LOG.warning("Left out: %s", error)
+            _LOG.warning("Left out: %s", str(error))  # a kept record would hold the error's frames, and so the model
 
     def read_one_of(
         self, candidates: Any, where: str = "", epoch: int | None = None

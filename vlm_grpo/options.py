@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from .sentences import as_sentence
 
@@ -47,7 +47,7 @@ class DataOptions(Options):
     """Where the rows come from."""
 
     train: str | None = Field(
-        default=None, description="Training rows: a .jsonl, .json, .parquet or .csv file, or a dataset name."
+        default=None, description="Training rows: a .jsonl, .json, .parquet or .csv file, a folder, or a dataset name."
     )
     eval: str | None = Field(default=None, description="Held-out rows, in the same formats; never trained on.")
     split: str = Field(default="train", description="Split of the training dataset, where it has several.")
@@ -58,6 +58,36 @@ class DataOptions(Options):
     media_root: str | None = Field(
         default=None, description="Folder that relative media paths start from; unset: the data file's."
     )
+    format: str | None = Field(
+        default=None,
+        description="Format of the rows (trl, conversations, messages, ...); unset: told by their columns.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="The file's columns under our names for them, such as {problem: text}."
+    )
+    tags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names inside a turn, as in LLaMA-Factory's dataset_info.json: role_tag, content_tag, user_tag, "
+        "assistant_tag, system_tag, observation_tag, function_tag.",
+    )
+    streaming: bool = Field(default=False, description="Read and check the rows as they come, not all beforehand.")
+    min_pass_rate: float | None = Field(
+        default=None, ge=0, le=1, description="Leave out rows whose column pass_rate is lower: too hard to learn from."
+    )
+    max_pass_rate: float | None = Field(
+        default=None, ge=0, le=1, description="Leave out rows whose column pass_rate is higher: too easy."
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """How rows are read, training and held-out ones alike, by the names of ``load_data``."""
+        return {name: getattr(self, name) for name in ("media_root", "format", "columns", "tags")}
+
+    @model_validator(mode="after")
+    def _pass_rates_agree(self) -> "DataOptions":
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pass_rate={low:g} is more than max_pass_rate={high:g}; swap them")
+        return self
 
 
 class MediaOptions(Options):
@@ -130,4 +160,29 @@ class RewardSpec(Options):
 
     name: str = Field(min_length=1, description='A built-in reward, or "file.py:function", or "module:function".')
     weight: float = Field(default=1.0, allow_inf_nan=False, description="Factor of this reward in the total.")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments bound to the reward function.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the reward function, or of the class it is made of."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Dataset columns under the names that the function has for them."
+    )
+    scale: float = Field(default=1.0, allow_inf_nan=False, description="Factor of what the function returns.")
+    shift: float = Field(default=0.0, allow_inf_nan=False, description="Added to what the function returns, scaled.")
+    clip: tuple[float, float] | None = Field(
+        default=None, description="Lowest and highest value, after scale and shift."
+    )
+    timeout: float | None = Field(
+        default=None, gt=0, description="Seconds a call may take; a later answer counts as failed."
+    )
+
+    @model_validator(mode="after")
+    def _clip_has_an_order(self) -> "RewardSpec":
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip={list(self.clip)} has no room; give the lower bound first")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_rare(self, handler: Any) -> dict[str, Any]:
+        """A config that is written down says of most rewards what they are and what they count."""
+        rare = {"columns": {}, "scale": 1.0, "shift": 0.0, "clip": None, "timeout": None}
+        return {name: value for name, value in handler(self).items() if name not in rare or value != rare[name]}

@@ -10,7 +10,9 @@ from torch import nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from .checks import GradientCheck, StepsCheck
+from .diagnosis import install_diagnosis
 from .errors import ConfigError, DataFormatError, UnsupportedError
+from .failures import RewardFailures
 from .flow import FlowCheck
 from .group import GroupSharing, SharingReport, advice, unit_of
 from .models.families import family_of, placeholder_ids, tower_of
@@ -19,7 +21,7 @@ from .numbers import NumbersCheck
 from .patches.trl import add_fused_head
 from .precision import float32_adapters
 from .quantized import is_quantized, undo_bf16_adapters
-from .rewards import finite_reward
+from .rewards import finite_reward, introduce
 from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
 
@@ -83,10 +85,27 @@ def end_at_any_eos(trainer: Any) -> None:
     trainer.eos_token_ids = list(dict.fromkeys([*trainer.eos_token_ids, *own]))
 
 
-def refuse_bad_rewards(trainer: Any) -> None:
-    """A reward that is NaN or infinite stops the run, by the function's name. Those of models are looked at later."""
-    named = zip(trainer.reward_funcs, trainer.reward_func_names, strict=True)
-    trainer.reward_funcs = [f if isinstance(f, nn.Module) else finite_reward(f, name) for f, name in named]
+def watch_rewards(trainer: Any) -> None:
+    """A reward that is NaN or infinite stops the run, by the function's name; one that failed is counted.
+
+    Those of models are looked at later.
+    """
+    trainer.reward_func_names = _distinct(trainer.reward_func_names)
+    trainer.failures = RewardFailures(trainer, trainer.args.max_reward_failures)
+    trainer.add_callback(trainer.failures)
+    length = trainer.args.max_completion_length
+    introduce(
+        trainer.reward_funcs, processor=trainer.processing_class, media=trainer.media, max_completion_length=length
+    )
+    trainer.reward_funcs = [
+        function if isinstance(function, nn.Module) else finite_reward(function, name, trainer.failures.note)
+        for function, name in zip(trainer.reward_funcs, trainer.reward_func_names, strict=True)
+    ]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """TRL logs a reward under its function's name, where one of two lambdas would overwrite the other."""
+    return [f"{name} {earlier + 1}" if (earlier := names[:n].count(name)) else name for n, name in enumerate(names)]
 
 
 def share_groups(trainer: Any) -> None:
@@ -108,7 +127,7 @@ def share_groups(trainer: Any) -> None:
 
 
 def install_checks(trainer: Any) -> None:
-    """Numbers, gradients, steps, the flow of media, and the report of what was shared: each a callback."""
+    """Numbers, gradients, steps, the flow of media, what was shared, and what keeps it from learning: callbacks."""
     family, metrics = family_of(trainer.model.config), trainer._metrics["train"]
     check = trainer.args.gradient_check and not trainer.is_deepspeed_enabled  # which keeps gradients to itself
 
@@ -126,6 +145,7 @@ def install_checks(trainer: Any) -> None:
     report = SharingReport(trainer.sharing, trainer.watch, log)
     for callback in (trainer.numbers, trainer._gradient_check, StepsCheck, trainer._flow_check, report):
         trainer.add_callback(callback)
+    install_diagnosis(trainer)
 
 
 def check_size(dataset: Any, args: VLMGRPOConfig) -> None:

@@ -1,6 +1,7 @@
 """What a run shows while it trains: one bar, or plain lines in a log file."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,25 +14,49 @@ from transformers import TrainerCallback, TrainerState
 
 from .report import duration
 
+# The most telling first: a narrow terminal cuts the end off.
 SHOWN = {
     "reward": ("reward", "{:.3f}"),
     "completions/mean_length": ("length", "{:.0f}"),
+    "kl": ("KL", "{:.2g}"),
+    "memory": ("memory", "{:.1f} GiB"),
     "loss": ("loss", "{:.3g}"),
 }
+_NARROW = 100  # columns; below, the description, the time gone and the loss make room for the rest
+
+
+def peak_memory() -> float | None:
+    """The most memory so far, in GiB: of tensors on this process's GPU, else of the process; None on Windows' CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class _StatusColumn(ProgressColumn):
     """``77/150 · 0:42 · 0:40 left · reward 0.842 …``, cut at the right edge of a narrow terminal."""
 
+    def __init__(self, narrow: bool) -> None:
+        super().__init__()
+        self.narrow = narrow
+
     def render(self, task: Task) -> Text:
-        counts = f"{task.completed:.0f}/{task.total:.0f} · {duration(task.elapsed or 0)}"
+        gone = "" if self.narrow else f" · {duration(task.elapsed or 0)}"
+        counts = f"{task.completed:.0f}/{task.total:.0f}{gone}"
         return Text(f"{counts}{task.fields['status']}", no_wrap=True, overflow="ellipsis")
 
 
 class ProgressCallback(TrainerCallback):
-    """One progress bar a run, with reward, completion length, loss and time left; plain lines without a terminal.
+    """One progress bar a run, with time left, reward, length, KL, memory and loss; plain lines without a terminal.
 
-    Plain lines come every ten seconds or tenth of the run. Both go to the standard error stream.
+    Length is the mean of the completions in tokens, KL in nats a token, memory the most so far (``peak_memory``). Plain
+    lines come every ten seconds or tenth of the run. Both go to the standard error stream.
 
     Args:
         description: what stands in front.
@@ -51,6 +76,7 @@ class ProgressCallback(TrainerCallback):
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._evaluated = 0
+        self._narrow = False
 
     def _is_live(self) -> bool:
         # rich draws nothing at all in a notebook without ipywidgets
@@ -62,8 +88,12 @@ class ProgressCallback(TrainerCallback):
         self._began, self._first = time.monotonic(), state.global_step
         self._printed, self._printed_step = self._began, state.global_step
         if self._is_live():
-            bar = BarColumn(max(6, min(40, self.console.width - 80)))
-            columns = (TextColumn("[bold]{task.description}"), bar, _StatusColumn())
+            width = self.console.width
+            self._narrow = width < _NARROW
+            bar = BarColumn(max(4, min(40, width - (72 if self._narrow else 108))))
+            columns = (bar, _StatusColumn(self._narrow))
+            if not self._narrow:
+                columns = (TextColumn("[bold]{task.description}"), *columns)
             self._progress = Progress(*columns, console=self.console, refresh_per_second=2)
             self._progress.start()
             start = {"completed": state.global_step, "total": state.max_steps, "status": ""}
@@ -73,8 +103,9 @@ class ProgressCallback(TrainerCallback):
             self._print(f"{self.description}: {state.max_steps} steps{begin}")
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any):
+        logs = {**(logs or {}), "memory": peak_memory()}
         for key, (name, form) in SHOWN.items():
-            value = (logs or {}).get(key)
+            value = logs.get(key)
             if value is not None:
                 self._values[name] = f"{name} {form.format(value)}"
         if self._progress is not None:
@@ -115,13 +146,16 @@ class ProgressCallback(TrainerCallback):
             self._progress = None
 
     def _status(self, state: TrainerState) -> str:
-        """`` · 0:40 left · reward 0.842 · length 2 · loss 0.0123``, or as much of it as is known."""
+        """`` · 0:40 left · reward 0.842 · length 2 · KL 0.012 · memory 9.3 GiB``, or as much of it as is known."""
         done = state.global_step - self._first
         left = self.seconds_left()
         if done:
             left = min(left, (time.monotonic() - self._began) / done * (state.max_steps - state.global_step))
         parts = [f"{duration(left)} left"] if math.isfinite(left) else []
-        return "".join(f" · {part}" for part in [*parts, *self._values.values()])
+        values = [self._values[name] for name, _ in SHOWN.values() if name in self._values]
+        if self._narrow:
+            values = [value.removeprefix("memory ") for value in values if not value.startswith("loss ")]
+        return "".join(f" · {part}" for part in [*parts, *values])
 
     def _print_step(self, state: TrainerState) -> None:
         share = f"{state.global_step / max(1, state.max_steps):.0%}"

@@ -7,11 +7,18 @@ from typing import Any
 from datasets import Dataset
 
 from .carry import Prompt, Row, Text
+from .data import as_canonical, undecoded
 from .intake import Intake
 from .models.families import placeholder_ids_by_kind
 
 # Rows tried in the place of one that cannot be used; more bad rows than good ones is a dataset to look at.
 _MOST_TRIED = 100
+
+
+def readable(dataset: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """A dataset object in the canonical form, its media undecoded; and the features that ``decoded`` restores."""
+    dataset, pictures = undecoded(dataset)
+    return as_canonical(dataset, name), pictures
 
 
 def candidates(trainer: Any, row: dict[str, Any], others: list[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:

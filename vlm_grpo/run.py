@@ -1,14 +1,10 @@
 """A resolved config to data, model, trainer and artefacts: the one path of every command and of the demo."""
 
-import hashlib
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from .callbacks import (
     CurvesCallback,
@@ -19,16 +15,15 @@ from .callbacks import (
     cut_back,
     graceful_signals,
 )
+from .card import write_run_card
 from .checkpoint import MANIFEST, find_checkpoint, is_whole
 from .config import RunConfig, require, resolved
-from .data import load_data
-from .data.scan import scan_media
-from .errors import CheckpointError, ConfigError, MediaError, VLMGRPOError
-from .evaluate import Evaluation, accuracy_of_learned, evaluate
+from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .folder import (
     CURVES,
     EVALUATION,
     METRICS,
+    NOTES,
     RESULT,
     SAMPLES,
     check_inputs,
@@ -39,10 +34,13 @@ from .folder import (
     run_folder,
     write_json,
 )
+from .gathering import gather_rows, size_of
+from .held_out import HeldOut, run_yardstick
 from .models import check_trainable, is_adapter, load_model
+from .notes import kept_warnings
 from .preparation import check_size
 from .progress import ProgressCallback
-from .report import draw_curves
+from .report import draw_curves, write_report
 from .rewards import load_rewards
 from .sft import VLMSFTConfig, VLMSFTTrainer
 from .trainer import VLMGRPOTrainer
@@ -115,9 +113,9 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
     checkpoint, _ = find_checkpoint(run_folder(config))
     args = run.args
     rows = {
-        "training rows": len(run.data),
-        "held-out rows": 0 if run.held_out is None else len(run.held_out),
-        "rows left out": sum(run.left_out.values()),
+        "training rows": size_of(run.data),
+        "held-out rows": 0 if run.held_out is None else len(run.held_out.rows),
+        "rows left out": sum(run.rows.left_out.values()),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "device": str(args.device),
         "trains": "the adapter of the run" if is_adapter(config.model) else str(config.parts),
@@ -125,9 +123,10 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
     }
     if command == "train":
         prompts = args.generation_batch_size // args.num_generations
-        generations = len(run.data) // prompts
-        per_step = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * generations * per_step)
+        steps = args.max_steps
+        if steps <= 0:
+            per_step = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+            steps = int(args.num_train_epochs * (len(run.data) // prompts) * per_step)
         rows |= {"prompts per generation": prompts, "completions per prompt": args.num_generations, "steps": steps}
     return {**resolved(run.config), **rows}
 
@@ -144,13 +143,17 @@ class _Run:
         self.args: Any = build_args(cls, options, output_dir=str(run_folder(config)))
         self.config = config.model_copy(update={"train": {**_effective(self.args), **config.train}})
         self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
-        data = config.data
-        assert data.train is not None, "require() asked for it"
-        self.kept: dict[str, str] = {}
-        self.left_out: dict[str, int] = {}
-        self.data = self._rows(data.train, data.split, data.limit)
-        self.held_out = self._rows(data.eval, data.eval_split or data.split) if data.eval else None
+        self.rows = gather_rows(config)
+        self.data, self.held_out = self.rows.train, None
+        if self.rows.held_out is not None:
+            learned = self.args.completion_column if command == "sft" else None
+            yardstick = run_yardstick(config, self.rewards, learned)
+            self.held_out = HeldOut(self.rows.held_out, yardstick, self.args)
         _check_trackers(self.args.report_to)
+        if config.data.streaming and self.args.max_steps <= 0:
+            raise ConfigError(
+                "data.streaming=true: a stream does not say how many rows it has, so when to stop. Give --max-steps."
+            )
         if self.args.eval_strategy != "no" and self.held_out is None:
             raise ConfigError(
                 f"train.eval_strategy={self.args.eval_strategy.value} needs held-out rows. Give them as data.eval."
@@ -159,28 +162,11 @@ class _Run:
             self.args.reward_weights = self.weights
             check_size(self.data, self.args)
 
-    def _rows(self, name: str, split: str, limit: int | None = None) -> Any:
-        """The rows of a dataset whose media are good, as far as the scan looks."""
-        data, options = self.config.data, self.config.media
-        rows = load_data(name, split, limit, data.media_root, check_files=False)
-        report = scan_media(rows, name, options, data.media_root)
-        if report.bad and options.on_bad == "error":
-            raise MediaError(f"{report.text(name)} Mend or remove them, or leave them out: --on-bad-media drop.")
-        if report.bad:
-            logger.warning("%s They are left out.", report.text(name))
-            kept = [index for index in range(len(rows)) if index + 1 not in report.bad]
-            if not kept:
-                raise MediaError(f"{name}: every row has a medium that cannot be used. Correct the paths or the files.")
-            self.left_out[name] = len(report.bad)
-            rows = rows.select(kept)
-        self.kept[name] = hashlib.sha256(",".join(map(str, sorted(report.bad))).encode()).hexdigest()
-        return rows
-
     def go(self, fresh: bool, resume_from_checkpoint: str | None) -> RunResult:
         with open_run_folder(self.config, self.command, fresh) as folder:
             self.args.distributed_state.wait_for_everyone()  # the first process may have set the old folder aside
             if is_main_process():
-                check_inputs(folder, *self._input_files(), self.kept)
+                check_inputs(folder, *self._input_files(), self.rows.kept)
             done = read_json(folder / RESULT)
             if done and resume_from_checkpoint is None and self._is_over(done):
                 return RunResult(**{**done, "run_dir": folder})
@@ -189,8 +175,7 @@ class _Run:
             trainer = self._trainer(model, processor)
             evaluations = read_json(folder / EVALUATION)
             if self.held_out is not None and "before" not in evaluations and checkpoint is None:
-                evaluations["before"] = _figures(self._evaluate(trainer, "held-out, before"))
-                _write(folder / EVALUATION, evaluations)
+                self.held_out.before(trainer, folder, evaluations)
             stop, seconds = self._train(trainer, folder, checkpoint)
             return self._finish(trainer, folder, evaluations, stop, seconds)
 
@@ -258,7 +243,7 @@ class _Run:
     def _trainer(self, model: Any, processor: Any) -> Any:
         from transformers import PrinterCallback
 
-        evaluated = self.held_out if self.args.eval_strategy != "no" else None
+        evaluated = self.rows.held_out if self.args.eval_strategy != "no" else None
         try:
             media: dict[str, Any] = {"media": self.config.media, "media_root": self.config.data.media_root}
             if self.command == "train":
@@ -274,12 +259,13 @@ class _Run:
         ) as error:  # options that TRL or transformers refuse together
             raise ConfigError(f"train: {one_line(error)}") from error
         trainer.remove_callback(PrinterCallback)
+        trainer.create_model_card = lambda *_, **__: None  # TRL's knows neither data nor results; ours comes at the end
         return trainer
 
     def _train(self, trainer: Any, folder: Path, checkpoint: Path | None) -> tuple[StopCallback, float]:
         metrics, samples = folder / METRICS, folder / SAMPLES
         step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
-        for path in (metrics, samples):
+        for path in (metrics, samples, folder / NOTES):
             if is_main_process():
                 cut_back(path, step)
         recorder = MetricsCallback(metrics)
@@ -295,7 +281,8 @@ class _Run:
             recorder.on_train_begin(trainer.args, trainer.state, trainer.control)
             return stop, recorder.seconds()
         try:
-            with graceful_signals(stop):
+            notes = kept_warnings(folder / NOTES, trainer) if is_main_process() else nullcontext()
+            with graceful_signals(stop), notes:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except ImportError as error:  # an optimizer's package
             raise ConfigError(f"train: {one_line(error)}") from error
@@ -309,35 +296,20 @@ class _Run:
         if stop.reason not in ("SIGTERM", "Ctrl-C"):  # these two leave no time; the checkpoint holds everything
             trainer.save_model(str(folder))
             if self.held_out is not None:
-                evaluations["after"] = _figures(self._evaluate(trainer, "held-out, after"))
-                evaluations["control"] = _figures(self._evaluate(trainer, "held-out, blank media", blank=True))
-                _write(folder / EVALUATION, evaluations)
+                self.held_out.after(trainer, folder, evaluations)
             if is_main_process():
                 draw_curves(folder / METRICS, folder / CURVES)
         last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
-        left_out = {**self.left_out, **trainer.intake.left_out}
+        left_out = {**self.rows.left_out, **trainer.intake.left_out}
         result = RunResult(folder, trainer.state.global_step, seconds, last, evaluations, stop.reason, left_out)
         _write(folder / RESULT, {**asdict(result), "run_dir": str(folder)})
+        if is_main_process() and stop.reason not in ("SIGTERM", "Ctrl-C"):
+            write_run_card(folder, self.config, self.command, size_of(self.data), len(self.rows.held_out or ()))
+            try:
+                write_report(folder)
+            except CheckpointError as error:  # the run is done and saved: a page that has no room takes nothing away
+                logger.warning("%s", error)
         return result
-
-    def _evaluate(self, trainer: Any, title: str, blank: bool = False) -> Evaluation:
-        assert self.held_out is not None, "callers asked"
-        length = getattr(self.args, "max_completion_length", None) or 64
-        learned = [self.args.completion_column] if self.command == "sft" else []
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(title, total=len(self.held_out))
-            return evaluate(
-                trainer.accelerator.unwrap_model(trainer.model),
-                trainer.processing_class,
-                self.held_out,
-                score=self.rewards[0] if self.rewards else partial(accuracy_of_learned, *learned),
-                blank=blank,
-                batch_size=self.args.per_device_eval_batch_size,
-                max_new_tokens=length,
-                intake=trainer.intake,
-                progress=lambda done: progress.update(task, completed=done),
-                shown_too=learned,
-            )
 
 
 def _effective(args: Any) -> dict[str, Any]:
@@ -384,8 +356,3 @@ def _restore(trainer: Any, checkpoint: Path) -> None:
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    figures = {"accuracy": evaluation.accuracy, "ci95": list(evaluation.ci95), "rows": len(evaluation.correct)}
-    return figures | ({"left_out": evaluation.left_out} if evaluation.left_out else {})

@@ -16,7 +16,6 @@ from .checkpoint import ExactCheckpoints
 from .checks import GradientCheck, LengthCheck
 from .collate import collate
 from .config import MediaOptions
-from .data import undecoded
 from .encode import EncodedPrompt, completion_ids
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .intake import Intake
@@ -27,7 +26,7 @@ from .patches.trl import LOG_PROBS, add_fused_head
 from .precision import float32_adapters, leave_float16
 from .rates import PartRates
 from .rewards.text import completion_text, written
-from .rows import candidates
+from .rows import candidates, readable
 from .trainer_config import RateOptions, check_ranges, resolve_precision
 
 
@@ -99,6 +98,8 @@ class VLMSFTTrainer(FiniteNumbers, PartRates, ExactCheckpoints):
         media: MediaOptions | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        train_dataset, _ = readable(train_dataset, "train_dataset")
+        eval_dataset, _ = readable(eval_dataset, "eval_dataset")
         names = getattr(train_dataset, "column_names", None)
         if names is not None and args.completion_column not in names:
             raise ConfigError(
@@ -106,7 +107,6 @@ class VLMSFTTrainer(FiniteNumbers, PartRates, ExactCheckpoints):
                 "Set train.completion_column to one of them."
             )
         LOG_PROBS.ensure()
-        train_dataset, eval_dataset = (undecoded(dataset)[0] for dataset in (train_dataset, eval_dataset))
         processing_class = copy.deepcopy(processing_class)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self.tokenizer.pad_token is None:

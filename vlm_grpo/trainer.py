@@ -21,7 +21,8 @@ from .checkpoint import ExactCheckpoints
 from .checks import LengthCheck
 from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
-from .data import MEDIA_COLUMNS, decoded, undecoded
+from .data import MEDIA_COLUMNS, decoded
+from .diagnosis import note_rollout
 from .encode import EncodedPrompt
 from .errors import UnsupportedError
 from .group import from_units, to_units, unique, up_to_end
@@ -39,14 +40,15 @@ from .preparation import (
     install_reference,
     mend_adapters,
     mend_heads,
-    refuse_bad_rewards,
     share_groups,
     suppress_placeholders,
+    watch_rewards,
 )
 from .quantized import trainable_data
 from .rates import PartRates
+from .resample import check_resampling, replay_rewards, resampled
 from .rewards import check_finite
-from .rows import encoded_rows, make_intake
+from .rows import encoded_rows, make_intake, readable
 from .scoring import Encodings, as_one_forward, forwards
 from .scoring import logps as plain_logps
 from .trainer_config import VLMGRPOConfig
@@ -57,10 +59,10 @@ _TRLTrainer: Any = own_grpo_trainer()
 class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
     """GRPO for prompts with images, videos, sounds and text in one batch. Takes what TRL's ``GRPOTrainer`` takes.
 
-    Rows: ``prompt`` (messages, or a string to which the chat template has been applied) with media columns
-    (``image(s)``, ``video(s)``, ``audio(s)``: a path, bytes, PIL, arrays, frames, or a ``datasets`` media column), or
-    with media inside the message parts; other columns go to the reward functions, which receive the original rows,
-    media included.
+    Rows: of any format that ``vlm_grpo.data`` knows. Canonical is ``prompt`` (messages, or a string to which the chat
+    template has been applied) with media columns (``image(s)``, ``video(s)``, ``audio(s)``: a path, bytes, PIL, arrays,
+    frames, or a ``datasets`` media column), or with media inside the message parts; other columns go to the reward
+    functions, which receive the original rows, media included.
 
     Differences from TRL: log-probabilities also work without Triton; without PEFT and with ``beta > 0`` the reference
     is a frozen copy of the model as given; the processor you pass is copied and never changed; checkpoints are atomic
@@ -122,8 +124,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             args.ddp_find_unused_parameters = True  # a rank's micro-batch may hold no image
         self.media_root = None if media_root is None else Path(media_root).expanduser()
         self.media = MediaOptions.of(media)
-        train_dataset, pictures = undecoded(train_dataset)
-        eval_dataset, more = undecoded(eval_dataset)
+        train_dataset, pictures = readable(train_dataset, "train_dataset")
+        eval_dataset, more = readable(eval_dataset, "eval_dataset")
         self._pictures = pictures | more
         adapters = trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
@@ -148,7 +150,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             )
         finally:
             args.beta, args.sync_ref_model = beta, sync
-        refuse_bad_rewards(self)
+        watch_rewards(self)
         mend_heads(self)
         if copies_reference:
             install_reference(self)
@@ -159,6 +161,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         end_at_any_eos(self)
         self._share_groups()
         check_processes(self)
+        check_resampling(self)
         install_checks(self)
         self.intake = make_intake(self)
         self.add_callback(LengthCheck(self.intake, train_dataset))
@@ -180,7 +183,9 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         with self.watch("process"):
             rows = self._encoded_rows(inputs)
         with restored(self.model):  # TRL, and what stands in its place, switch checkpointing off and on
+            rows = resampled(self, rows)
             batch = super()._generate_and_score_completions(rows)
+        note_rollout(self)
         batch["encodings"] = [row.encoding for row in rows]
         with self.watch("logps"):
             self._add_old_and_ref_logps(batch)
@@ -199,7 +204,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         encodings = [prompt.encoding for prompt in prompts]
-        return [list(encoded.input_ids) for encoded in encodings], None, {"encodings": encodings}
+        fields = {"encodings": encodings, "drawn": [prompt.drawn for prompt in prompts]}
+        return [list(encoded.input_ids) for encoded in encodings], None, fields
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
@@ -207,6 +213,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         encodings = multimodal_fields.get("encodings")
         if encodings is None:
             raise UnsupportedError("A tool returned an image, which has no test yet. Return text from tools.")
+        if None not in (drawn := multimodal_fields.get("drawn", [None])):
+            return [own.ids for own in drawn], None if drawn[0].logprobs is None else [own.logprobs for own in drawn]
         completions, logprobs = {}, {}
         with inference_mode(self.model, self.generation_config, keep_dropout=True):
             for rows in together(family_of(self.model.config), encodings):
@@ -267,11 +275,14 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
                     batch["ref_per_token_logps"] = logps(self.model)
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        if inputs[0]["prompt"].drawn is not None:
+            return replay_rewards(self, inputs)
         self.numbers.after_generation()
         rows = {id(row.original): row.original for row in inputs}  # a group shares one
         shown = {key: decoded(row, self._pictures) for key, row in rows.items()}
         originals = [shown[id(row.original)] for row in inputs]
         prompts = [original["prompt"] for original in originals]
+        self.failures.begin()
         rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
         for number, function in enumerate(self.reward_funcs):
             if isinstance(function, nn.Module):
@@ -282,7 +293,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         # TRL's table and samples.jsonl show it beside the completion, unless a reward has logged its own.
         if "answer" in originals[0] and "answer" not in self._pending_extra_logs:
             self._log_completion_extra("answer", [original["answer"] for original in originals])
-        return rewards
+        return self.failures.mask(rewards)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -363,6 +374,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "entropy": (self.entropy_coef, self._last_world_entropy),
             "moved": sorted(self.sharing.moved.names),
+            "diagnosis": self._diagnosis.state(),
+            "failures": self.failures.state(),
         }
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"] = pack_rollout([from_units(batch) for batch in self._buffered_inputs])
@@ -373,6 +386,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         self._metrics["train"].update(state["metrics"])
         self.entropy_coef, self._last_world_entropy = state["entropy"]
         self.sharing.moved.names.update(state.get("moved", ()))
+        self._diagnosis.load(state.get("diagnosis", {}))
+        self.failures.load(state.get("failures", {}))
         if "rollout" in state:
             batches = unpack_rollout(state["rollout"], self.accelerator.device)
             self._buffered_inputs = [to_units(batch, self._unit) for batch in batches]

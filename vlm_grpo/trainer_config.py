@@ -99,6 +99,20 @@ class VLMGRPOConfig(RateOptions, GRPOConfig):
         default="drop",
         metadata={"help": "Rows longer than max_prompt_length are left out and counted, or refused before step 1."},
     )
+    resample_dead_groups: int = field(
+        default=0,
+        metadata={
+            "help": "How often groups whose rewards are all equal are drawn anew, from other prompts, before they are "
+            "kept: each time costs their generation again. 0 keeps them at once. One process, no streaming."
+        },
+    )
+    max_reward_failures: float = field(
+        default=0.5,
+        metadata={
+            "help": "Save and stop when for more than this share of the completions of the last ten rollouts a reward "
+            "failed, such as an API that does not answer; 1 never stops."
+        },
+    )
     group_sharing: Literal["auto"] | bool = field(
         default="auto",
         metadata={
@@ -258,11 +272,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps_per_generation", "generation_batch_size", "max_prompt_length"), (1, math.inf)),
     **dict.fromkeys(("vision_learning_rate", "audio_learning_rate", "projector_learning_rate"), (0, math.inf)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "beta", "epsilon", "top_k"), (0, math.inf)),
-    **dict.fromkeys(("top_entropy_quantile", "min_p"), (0, 1)),
+    **dict.fromkeys(("top_entropy_quantile", "min_p", "max_reward_failures"), (0, 1)),
     "temperature": (_TINY, math.inf),
     "top_p": (_TINY, 1),
     "seed": (0, 2**32 - 1),
     "dataloader_num_workers": (0, math.inf),
+    "resample_dead_groups": (0, math.inf),
 }
 
 

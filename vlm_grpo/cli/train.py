@@ -17,6 +17,7 @@ def _run(
         str | None,
         typer.Argument(metavar="CONFIG.yaml", help="Config file; its relative paths start at this directory."),
     ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help=help_of("preset"))] = None,
     model: Annotated[str | None, typer.Option("--model", help=help_of("model"))] = None,
     data: Annotated[str | None, typer.Option("--data", help=help_of("train", DataOptions))] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help=help_of("eval", DataOptions))] = None,
@@ -49,6 +50,7 @@ def _run(
     if command == "sft" and reward:
         raise ConfigError("sft: --reward has no use, since sft learns from the rows' own answers. Leave it out.")
     given = {
+        "preset": preset,
         "model": model,
         "data.train": data,
         "data.eval": eval_data,
@@ -92,6 +94,7 @@ def _say_result(result: Any) -> None:
     out.print(
         f"{result.steps} steps in {result.seconds:.0f} s{why}, saved in {result.run_dir}\n"
         f"{_left_out(result.left_out)}"
+        f"Look at it: {result.run_dir}/report.html\n"
         f"Talk to it: vlm-grpo chat {result.run_dir} --image picture.png",
         markup=False,
         highlight=False,

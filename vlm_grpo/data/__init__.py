@@ -2,7 +2,23 @@
 
 from .blank import blanked
 from .columns import decoded, undecoded
+from .formats import FORMATS, Format, as_canonical, canonical, detect
 from .load import load_data
+from .reading import raw_rows
 from .sample import MEDIA_COLUMNS, Sample, to_sample
 
-__all__ = ["MEDIA_COLUMNS", "Sample", "blanked", "decoded", "load_data", "to_sample", "undecoded"]
+__all__ = [
+    "FORMATS",
+    "MEDIA_COLUMNS",
+    "Format",
+    "Sample",
+    "as_canonical",
+    "blanked",
+    "canonical",
+    "decoded",
+    "detect",
+    "load_data",
+    "raw_rows",
+    "to_sample",
+    "undecoded",
+]

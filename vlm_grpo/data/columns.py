@@ -31,10 +31,23 @@ def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]
         if not isinstance(inner, (datasets.Image, datasets.Video, datasets.Audio)) or not inner.decode:
             continue
         raw = type(inner)(decode=False)
-        dataset = dataset.cast_column(column, raw if inner is feature else datasets.List(raw))
+        dataset = _labelled(dataset, column, raw if inner is feature else datasets.List(raw))
         if isinstance(inner, datasets.Image):
             pictures[column] = inner
     return dataset, pictures
+
+
+def _labelled(dataset: Any, column: str, feature: Any) -> Any:
+    """The column under another feature of the same storage; ``cast_column`` writes lists anew, pictures included."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset.cast_column(column, feature)
+    info, format_ = dataset.info.copy(), dataset.format
+    info.features = datasets.Features({**dataset.features, column: feature})
+    table = dataset.data.cast(info.features.arrow_schema)
+    whole = datasets.Dataset(table, info=info, split=dataset.split, indices_table=dataset._indices)
+    return whole.with_format(**format_) if format_["type"] else whole
 
 
 def inner_feature(feature: Any) -> Any:

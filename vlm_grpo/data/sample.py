@@ -54,9 +54,9 @@ def to_sample(row: dict[str, Any], root: Path | None = None, where: str = "") ->
     """
     prompt = row.get("prompt")
     if not isinstance(prompt, (str, list, tuple, type(None))):
-        raise DataFormatError(_at(where, f'"prompt" is {_short(prompt)}. Give a text or a list of messages.'))
+        raise DataFormatError(at(where, f'"prompt" is {shorten(prompt)}. Give a text or a list of messages.'))
     if not prompt:
-        raise DataFormatError(_at(where, 'the row has no "prompt". Give a text or a list of messages.'))
+        raise DataFormatError(at(where, 'the row has no "prompt". Give a text or a list of messages.'))
     reader = _Reader(_overrides(row), root, where)
     media: dict[Kind, list[Medium]] = {kind: reader.column(row, kind) for kind in KINDS}
     columns = {key: value for key, value in row.items() if key not in ("prompt", *MEDIA_COLUMNS)}
@@ -79,7 +79,7 @@ class _Reader:
         """The media in the row's ``kind`` or ``kind + "s"`` column."""
         given = [name for name in (kind, f"{kind}s") if row.get(name) is not None]
         if len(given) > 1:
-            raise DataFormatError(_at(self.where, f'the row has both "{kind}" and "{kind}s". Keep one of them.'))
+            raise DataFormatError(at(self.where, f'the row has both "{kind}" and "{kind}s". Keep one of them.'))
         if not given:
             return []
         value = row[given[0]]
@@ -145,7 +145,11 @@ def _numbers(value: Any, kind: Kind) -> Any:
         return value
     import numpy as np
 
-    return np.asarray(value, np.uint8 if kind == "video" else np.float32)
+    try:
+        return np.asarray(value, np.uint8 if kind == "video" else np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = f"{error}".splitlines()[0].rstrip(".")
+        raise DataFormatError(f"The numbers of a {kind} form no array ({reason}). Correct the row.") from error
 
 
 def _leaf(value: Any) -> Any:
@@ -158,7 +162,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _at(where: str, sentence: str) -> str:
+def at(where: str, sentence: str) -> str:
+    """The sentence behind the place it is about."""
     return f"{where}: {sentence}" if where else sentence[0].upper() + sentence[1:]
 
 
@@ -168,9 +173,9 @@ def _fill_slots(prompt: list[dict[str, Any]], media: dict[Kind, list[Medium]], r
     remaining, slots = {kind: list(items) for kind, items in media.items()}, dict.fromkeys(KINDS, 0)
     messages: list[dict[str, Any]] = []
     for message in prompt:
-        if not isinstance(message, dict) or "role" not in message:
+        if not isinstance(message, dict) or message.get("role") is None:
             raise DataFormatError(
-                _at(where, f'a message of "prompt" has no "role": {_short(message)}. Give {{"role", "content"}}.')
+                at(where, f'a message of "prompt" has no "role": {shorten(message)}. Give {{"role", "content"}}.')
             )
         parts = []
         for part in _parts(message.get("content"), where):
@@ -179,7 +184,10 @@ def _fill_slots(prompt: list[dict[str, Any]], media: dict[Kind, list[Medium]], r
                 own = _own_source(part)
                 slots[kind] += own is None
                 if own is None and not remaining[kind]:
-                    raise DataFormatError(_mismatch(where, kind, _count_slots(prompt, kind), len(media[kind])))
+                    slots_in_all = _count_slots(prompt, kind)
+                    raise DataFormatError(
+                        at(where, media_mismatch(kind, slots_in_all, len(media[kind]), f"{kind} slot"))
+                    )
                 medium = remaining[kind].pop(0) if own is None else reader.medium(own, kind, part)
                 if own is None:
                     medium.overrides |= {key: part[key] for key in _MAY_SET[kind] if key in part}
@@ -190,12 +198,12 @@ def _fill_slots(prompt: list[dict[str, Any]], media: dict[Kind, list[Medium]], r
         messages.append({**rest, "content": parts})
     for kind in KINDS:
         if remaining[kind] and slots[kind]:
-            raise DataFormatError(_mismatch(where, kind, slots[kind], len(media[kind])))
+            raise DataFormatError(at(where, media_mismatch(kind, slots[kind], len(media[kind]), f"{kind} slot")))
     loose: list[dict[str, Any]] = [{"type": kind, kind: medium} for kind in KINDS for medium in remaining[kind]]
     if loose:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise DataFormatError(_at(where, "the prompt has media but no user message. Add one."))
+            raise DataFormatError(at(where, "the prompt has media but no user message. Add one."))
         first["content"] = loose + first["content"]
     return messages
 
@@ -212,20 +220,20 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
         raise DataFormatError(
-            _at(where, f'the "content" of a message is {_short(content)}. Give a text or a list of parts.')
+            at(where, f'the "content" of a message is {shorten(content)}. Give a text or a list of parts.')
         )
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _PART_TYPES:
             raise DataFormatError(
-                _at(
+                at(
                     where,
-                    f"a message has a part of type {kind!r}: {_short(part)}. Use one of {', '.join(_PART_TYPES)}.",
+                    f"a message has a part of type {kind!r}: {shorten(part)}. Use one of {', '.join(_PART_TYPES)}.",
                 )
             )
         if kind == "text" and not isinstance(part.get("text"), str):
-            raise DataFormatError(_at(where, f'a text part has no "text": {_short(part)}. Give a string.'))
+            raise DataFormatError(at(where, f'a text part has no "text": {shorten(part)}. Give a string.'))
         parts.append({key: value for key, value in part.items() if value is not None})
     return parts
 
@@ -239,14 +247,26 @@ def _count_slots(prompt: list[dict[str, Any]], kind: Kind) -> int:
     return sum(part.get("type") == kind and _own_source(part) is None for part in all_parts(prompt))
 
 
-def _mismatch(where: str, kind: Kind, slots: int, media: int) -> str:
-    return _at(
-        where,
-        f'the prompt has {slots} {kind} slot{"s" * (slots != 1)} but "{kind}(s)" holds {media}. '
-        f"Give one {kind} per slot, or remove the slots.",
+def media_mismatch(kind: Kind, slots: int, media: int, slot: str) -> str:
+    """Says that so many slots (or whatever a format calls one) face another number of media."""
+    name = slot.rpartition(" ")[2]
+    return (
+        f'the prompt has {slots} {slot}{"s" * (slots != 1)} but "{kind}(s)" holds {media}. '
+        f"Give one {kind} per {name}, or remove the {name}s."
     )
 
 
-def _short(value: Any) -> str:
+def media_count(row: dict[str, Any], kind: Kind) -> int | None:
+    """How many media of a kind the row's columns hold; None where ``to_sample`` will refuse them."""
+    given = [name for name in (kind, f"{kind}s") if row.get(name) is not None]
+    if len(given) != 1:
+        return None if given else 0
+    value = row[given[0]]
+    several = _is_list(value) if given[0] == f"{kind}s" else _are_several(value, kind)
+    return len(value) if several else 1
+
+
+def shorten(value: Any) -> str:
+    """A value as it may stand in a message: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

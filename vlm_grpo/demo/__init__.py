@@ -170,4 +170,4 @@ def _print_table(console: Console, recipe: Recipe, figures: dict[str, Any], rows
     if "accuracy_reversed" in figures:
         table.add_row(f"after GRPO, {recipe.rows} reversed: the opposite", percent(figures["accuracy_reversed"]))
     console.print(table)
-    console.print(f"curves.png, held-out.png, samples.jsonl: {figures['run_dir']}", highlight=False)
+    console.print(f"report.html, curves.png, held-out.png, samples.jsonl: {figures['run_dir']}", highlight=False)

@@ -40,7 +40,7 @@ def sample_rows(
     reasons = []
     for title, name, split in _own_data(source):
         try:
-            rows = load_data(name, split, _SPARE * count, _media_root(source), check_files=False)
+            rows = load_data(name, split, _SPARE * count, _media_root(source), check_files=False, **_reading(source))
             return _usable(source, model, processor, rows, count), f"the run's {title} rows"
         except _UNUSABLE as error:
             reasons.append(f"{title}: {error}")
@@ -100,6 +100,12 @@ def _intake(source: Source, model: Any, processor: Any) -> Intake:
         _media_root(source),
         template=source.train_option("chat_template_kwargs"),
     )
+
+
+def _reading(source: Source) -> dict[str, Any]:
+    """How the run's rows are told apart, but for where their media lie."""
+    reading = source.config.data.reading() if source.config is not None else {}
+    return {name: value for name, value in reading.items() if name != "media_root"}
 
 
 def _media_root(source: Source) -> Path | None:

@@ -28,8 +28,8 @@ _ERRORS: tuple[type[BaseException], ...] = (
 
 def read_errors() -> tuple[type[BaseException], ...]:
     """The exceptions that speak of a medium. PyAV's base class is one of them once PyAV is imported."""
-    av = sys.modules.get("av")
-    return _ERRORS if av is None else (*_ERRORS, av.FFmpegError)
+    known = getattr(sys.modules.get("av"), "FFmpegError", None)  # absent too while another thread imports it
+    return _ERRORS if known is None else (*_ERRORS, known)
 
 
 @contextmanager

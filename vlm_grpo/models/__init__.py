@@ -150,6 +150,17 @@ def _locate(name_or_path: str | Path) -> str:
     return name
 
 
+def load_processor(name_or_path: str | Path) -> Any:
+    """The processor of whatever ``load_model`` takes, without its weights; a tokenizer, for a text-only model.
+
+    Raises:
+        ConfigError: there is no such model, or its processor cannot be read.
+    """
+    from .hf import read_processor
+
+    return read_processor(_locate(name_or_path))
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name can only mean a folder: a name on the Hub is ``name`` or ``owner/name``."""
     return Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or "\\" in name

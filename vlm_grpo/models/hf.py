@@ -109,8 +109,13 @@ def _four_bit(config: Any, compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def read_processor(name: str) -> Any:
+    """The processor of a model or a run folder; a tokenizer, for a text-only model."""
+    own = any((Path(name) / file).is_file() for file in ("processor_config.json", "tokenizer_config.json"))
+    return _load_processor(adapter_base(name) if is_adapter(name) and not own else name)
+
+
 def _load_processor(name: str) -> Any:
-    """The processor; a tokenizer, for a text-only model."""
     processor = _read(name, "processor", AutoProcessor.from_pretrained)
     if hasattr(processor, "tokenizer") and getattr(processor, "chat_template", None) is None:
         # Some processors do not take the template that lies in the folder, but their tokenizers do.

@@ -3,6 +3,10 @@
 import unicodedata
 from typing import Any
 
+from ..errors import RewardError
+from ..tags import answer_body as answer_body
+from ..tags import span as span
+
 # Not brackets, signs or units: "(0, 1]" is not "[0, 1)", and "-7" is not "7".
 _QUOTES = " \"'`*“”‘’"
 _TRAILING = _QUOTES + ".,;:!?。，！？"  # not leading: ".5" is not "5"
@@ -23,14 +27,30 @@ def written(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def answer_body(text: str) -> str:
-    """The body of the first ``<answer>…</answer>``, or the whole text when there is none."""
-    # find() and not a regular expression, which takes hours on a completion of nothing but opening tags.
-    start = text.find("<answer>")
-    end = text.find("</answer>", start)
-    return text if start < 0 or end < 0 else text[start + len("<answer>") : end]
-
-
 def normalized(text: str) -> str:
     """Case, outer punctuation and white space removed, so that ``" Seven. "`` equals ``"seven"``."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split()).lstrip(_QUOTES).rstrip(_TRAILING)
+
+
+def column_values(columns: dict[str, Any], column: str) -> list[Any]:
+    """The values of ``column`` among the columns that a reward is given.
+
+    Raises:
+        RewardError: the rows have no such column; the message names those that they have.
+    """
+    if column in columns:
+        return columns[column]
+    known = [
+        key
+        for key, value in columns.items()
+        if isinstance(value, list) and key not in ("prompts", "completions", "completion_ids")
+    ]
+    raise RewardError(
+        f'there is no column "{column}" (the rows have: {", ".join(known) or "none"}). Name the right one.'
+    )
+
+
+def accepted(value: Any) -> list[str]:
+    """The texts that a truth allows: one, or each of a list; None and empty lists allow none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [written(item) for item in values if item is not None]

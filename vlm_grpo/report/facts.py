@@ -1,0 +1,252 @@
+"""What a page says of a run in words and figures: its options, how it ended, what it answers on held-out rows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .embed import short
+from .records import duration, finite, number
+
+_STATES = {"before": "before training", "after": "after training"}
+_CONTROLS = {"blank": "media blanked", "shuffle": "other rows' media", "text": "media left out"}
+_OPTIONS = {
+    "num_generations": "completions per prompt",
+    "learning_rate": "learning rate",
+    "beta": "beta (KL)",
+    "loss_type": "loss",
+    "scale_rewards": "reward scaling",
+    "temperature": "temperature",
+    "max_completion_length": "most tokens of a completion",
+    "seed": "seed",
+}
+
+
+class State(NamedTuple):
+    """A line of the held-out table.
+
+    Attributes:
+        title: whose answers.
+        accuracy, low, high: the share of right answers and its 95% interval, 0 to 1.
+        rows: how many rows.
+    """
+
+    title: str
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    rows: str
+
+
+class Outcome(NamedTuple):
+    """The held-out figures.
+
+    Attributes:
+        states: the accuracies.
+        change: what training changed, as a sentence.
+        further: name and values of each other figure, a value a state.
+        parts: breakdowns: the column, headings, and lines of a value and its figures.
+    """
+
+    states: list[State]
+    change: str
+    further: list[tuple[str, list[str]]]
+    parts: list[tuple[str, list[str], list[tuple[str, list[str]]]]]
+
+
+def read_config(run: Path) -> tuple[str, dict[str, Any]]:
+    """(command, config) of config.yaml; empty where there is none that can be read."""
+    path = run / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "", {}
+    first = text.partition("\n")[0]
+    command = first.rpartition(" ")[2] if first.startswith("# vlm-grpo ") else ""
+    return command, config if isinstance(config, dict) else {}
+
+
+def ending(result: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """How the run ended, in a few words."""
+    last = max((step for record in records if (step := finite(record.get("step"))) is not None), default=None)
+    steps, seconds = finite(result.get("steps")), finite(result.get("seconds"))
+    if steps is None:
+        return "nothing logged yet" if last is None else f"not finished: {last:.0f} steps logged so far"
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    why = result.get("stopped")
+    return f"stopped by {why} after {steps:.0f} steps{took}" if why else f"finished: {steps:.0f} steps{took}"
+
+
+def run_facts(
+    command: str, config: dict[str, Any], result: dict[str, Any], versions: list[str]
+) -> list[tuple[str, str]]:
+    """(name, value) of what the run was made from and with."""
+    data, train = _mapping(config.get("data")), _mapping(config.get("train"))
+    facts = [("command", f"vlm-grpo {command}" if command else "")]
+    facts += [("model", _name(config.get("model"))), ("trained", _trained(config))]
+    facts += [("training rows", _name(data.get("train"))), ("held-out rows", _name(data.get("eval")))]
+    facts += [("rewards", ", ".join(_rewards(config)) if command != "sft" else "")]
+    facts += [("prompts left out", _counts(result.get("left_out")))]
+    facts += [(title, _text(train.get(key))) for key, title in _OPTIONS.items()]
+    facts += [("made with", ", ".join(versions))]
+    return [(name, value) for name, value in facts if value]
+
+
+def read_versions(run: Path) -> list[str]:
+    """What the run was made with, as its model card says; empty where it has none yet."""
+    try:
+        card = (run / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines = card.partition("\n## Versions\n")[2].partition("\n## ")[0].splitlines()
+    return [line[2:].strip()[:80] for line in lines if line.startswith("- ")]
+
+
+def evaluation_facts(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what ``vlm-grpo eval`` was asked for."""
+    settings = _mapping(evaluation.get("settings"))
+    named = {"run": "model", "baseline": "baseline", "data": "held-out rows"}
+    facts = [(named.get(name, name.replace("_", " ")), value) for name, value in settings.items()]
+    return [(str(name), _name(value)) for name, value in facts if isinstance(value, (str, int, float)) and value != ""]
+
+
+def reward_weights(config: dict[str, Any]) -> list[float]:
+    """The weights of the rewards in the config's order; empty where one is unknown."""
+    specs = config.get("rewards")
+    weights = [finite(_mapping(spec).get("weight", 1.0)) for spec in specs] if isinstance(specs, list) else []
+    known = [weight for weight in weights if weight is not None]
+    return known if len(known) == len(weights) else []
+
+
+def outcome(evaluation: dict[str, Any]) -> Outcome | None:
+    """The figures of evaluation.json; None where it has none."""
+    titles = {**_STATES, **_compared(evaluation)}
+    after = titles["after"].removesuffix(" training")
+    titles |= {key: f"{after}, {control}" for key, control in controls_of(evaluation).items()}
+    found = {title: _mapping(evaluation.get(key)) for key, title in titles.items()}
+    found = {title: state for title, state in found.items() if finite(state.get("accuracy")) is not None}
+    if not found:
+        return None
+    states = []
+    for title, state in found.items():
+        low, high = _interval(state.get("ci95"))
+        states.append(State(title, finite(state.get("accuracy")), low, high, _text(state.get("rows"))))
+    flat = [_flat(state) for state in found.values()]
+    names = dict.fromkeys(name for state in flat for name in state)
+    further = [(name, [state.get(name) or "–" for state in flat]) for name in names]
+    return Outcome(states, _change(_mapping(evaluation.get("change"))), further, _parts(found))
+
+
+def _compared(evaluation: dict[str, Any]) -> dict[str, str]:
+    """What ``vlm-grpo eval`` compared; a run's own evaluation says nothing of it."""
+    settings = _mapping(evaluation.get("settings"))
+    models = {"before": settings.get("baseline"), "after": settings.get("run")}
+    return {key: "the base model" if model == "base" else _name(model) for key, model in models.items() if model}
+
+
+def controls_of(evaluation: dict[str, Any]) -> dict[str, str]:
+    """What was done to the media, by the states that are controls."""
+    kinds = {
+        key: str(_mapping(evaluation[key]).get("kind", "blank")) for key in evaluation if key.startswith("control")
+    }
+    return {key: _CONTROLS.get(kind, f"media changed ({kind})") for key, kind in kinds.items()}
+
+
+def _flat(state: dict[str, Any]) -> dict[str, str]:
+    """The further figures of a state, by name."""
+    out: dict[str, str] = {}
+    for key in ("reward", "war", "uar"):
+        if finite(state.get(key)) is not None:
+            out[{"reward": "mean reward"}.get(key, key.upper())] = _text(state[key])
+    rewards = _mapping(state.get("rewards"))
+    if len(rewards) > 1 or "reward" not in state:
+        out |= {f"mean of {short(str(name))}": _text(value) for name, value in rewards.items()}
+    out |= {f"pass@{k}": _text(value) for k, value in _mapping(state.get("pass@k")).items()}
+    for name, value in _mapping(state.get("yes_no")).items():
+        out[f"yes/no {str(name).replace('_', ' ')}"] = _text(value)
+    for key, title in (("unscored", "rows without a verdict"), ("left_out", "left out"), ("failed", "failed rewards")):
+        if state.get(key):
+            out[title] = _counts(state[key])
+    return out
+
+
+def _change(change: dict[str, Any]) -> str:
+    difference, (low, high) = finite(change.get("difference")), _interval(change.get("ci95"))
+    if difference is None:
+        return ""
+    words = f"Training changed the accuracy by {100 * difference:+.1f} points"
+    words += f" (95% interval {100 * low:+.1f} to {100 * high:+.1f})" if low is not None and high is not None else ""
+    p, rows = finite(change.get("p")), finite(change.get("rows"))
+    small = "p < 0.001" if p is not None and p < 0.001 else f"p = {p:.3f}" if p is not None else ""
+    paired = f"the same {rows:.0f} rows before and after" if rows is not None else ""
+    return "; ".join(part for part in (words, small, paired) if part) + "."
+
+
+def _parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """(column, headings, lines) of each breakdown."""
+    columns = dict.fromkeys(name for state in found.values() for name in _mapping(state.get("by")))
+    out = []
+    for column in columns:
+        by = {key: _mapping(_mapping(state.get("by")).get(column)) for key, state in found.items()}
+        values = list(dict.fromkeys(value for part in by.values() for value in part))
+        headings = ["rows", *by]
+        lines = []
+        for value in values:
+            cells = {key: _mapping(part.get(value)) for key, part in by.items()}
+            rows = next((cell["rows"] for cell in cells.values() if cell.get("rows") is not None), None)
+            lines.append((str(value) or "(none)", [_text(rows), *(_share(cell) for cell in cells.values())]))
+        out.append((str(column), headings, lines))
+    return out
+
+
+def _share(cell: dict[str, Any]) -> str:
+    accuracy, (low, high) = finite(cell.get("accuracy")), _interval(cell.get("ci95"))
+    if accuracy is None:
+        return "–"
+    return f"{accuracy:.1%}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None and high is not None else "")
+
+
+def _interval(value: Any) -> tuple[float | None, float | None]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None, None
+    return finite(value[0]), finite(value[1])
+
+
+def _trained(config: dict[str, Any]) -> str:
+    lora = config.get("lora")
+    base = "4-bit base, " if config.get("load_in_4bit") else ""
+    if isinstance(lora, dict):
+        return f"{base}LoRA of rank {_text(lora.get('r'))}"
+    return f"{base}all weights" if "lora" in config else ""
+
+
+def _rewards(config: dict[str, Any]) -> list[str]:
+    specs = config.get("rewards")
+    found = [_mapping(spec) for spec in specs] if isinstance(specs, list) else []
+    return [f"{_name(spec.get('name'))} × {_text(spec.get('weight', 1.0))}" for spec in found]
+
+
+def _name(value: Any) -> str:
+    """A name as others know it: of a path, its last part; a name with one slash is a hub's."""
+    text = _text(value)
+    return short(text) if text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text else text
+
+
+def _counts(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{short(str(name))}: {_text(count)}" for name, count in value.items())
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    found = finite(value)
+    text = number(found) if found is not None else "" if value is None else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = f"{value:,}"
+    return text.encode("utf-8", "replace").decode()[:400]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
