@@ -146,7 +146,7 @@ CASES: dict[str, tuple[dict[str, str | None], list | None, str]] = {
     "no held-out file": ({"eval-data": "nope.jsonl"}, None, '"nope.jsonl" does not exist'),
     "not JSON": ({}, [row(), "{broken"], "bad.jsonl row 2: not valid JSON"),
     "too few rows": ({}, [row()], "has 1 rows, but one generation batch takes 2 prompts"),
-    "no prompt": ({}, [row(), {"answer": "1"}], 'bad.jsonl row 2: the row has no "prompt"'),
+    "no prompt": ({}, [row(), {"answer": "1"}], 'bad.jsonl row 2: the row fits no format: it has "answer"'),
     "unknown part": ({}, [part(type="scent")] * 4, "bad.jsonl row 1: a message has a part of type 'scent'"),
     "slots": ({}, [row(prompt=tiny.prompt(images=2))] * 4, "2 image slots but .* holds 1"),
     "missing picture": ({}, [row(), row(image="nope.png")], "bad.jsonl row 2: the image .* does not exist"),

@@ -475,3 +475,7 @@ def test_warnings_of_a_run_are_kept_once_with_their_step(tmp_path):
     log.warning("after the run")
     assert lines(path) == [{"step": 3, "text": "38% of the groups are tied"}, {"step": 4, "text": "x" * 2000}]
     assert cut_back(path, 3) == 1, "a run that continues from step 3 says the rest again"
+    with kept_warnings(path, trainer):
+        log.warning("38% of the groups are tied")
+        log.warning("x" * 9000)
+    assert [note["text"][:3] for note in lines(path)] == ["38%", "xxx"], "and what it had said by then once"

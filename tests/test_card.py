@@ -102,6 +102,11 @@ def test_figures_of_an_older_run_have_no_rewards_and_no_change():
     found = {"before": {"accuracy": 0.5, "ci95": [0.4, 0.6], "rows": 10}}
     assert held_out(found)[1].splitlines()[-1] == "| before training | 50.0% | 40.0% to 60.0% | 10 |"
     assert held_out({}) == []
+    nothing = {"accuracy": 0.0, "ci95": [0.0, 1.0], "rows": 3, "unscored": 3}
+    change = {"difference": 0.0, "ci95": [-1.0, 1.0], "p": 1.0, "rows": 0}
+    assert (
+        held_out({"after": nothing, "change": change})[1].splitlines()[-1] == "| after training | no verdicts |  | 3 |"
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import tiny
 from datasets import Dataset
 from PIL import Image
 
-from vlm_grpo.data import decoded, undecoded
+from vlm_grpo.data import decoded, load_data, undecoded
 from vlm_grpo.errors import MediaError
 
 FEATURES = {"image": datasets.Image, "video": datasets.Video, "audio": datasets.Audio}
@@ -89,3 +89,23 @@ def test_a_dataset_with_a_transform_is_left_alone(files):
     data = table(files, "image", True).with_transform(lambda rows: {"prompt": rows["prompt"]})
     assert undecoded(data) == (data, {})
     assert undecoded(None) == (None, {})
+
+
+def test_a_broken_picture_that_only_a_reward_sees_is_named(tmp_path):
+    row = {"prompt": "p", "mask": [{"bytes": b"broken", "path": None}]}
+    table, pictures = undecoded(Dataset.from_list([row]).cast_column("mask", datasets.List(datasets.Image())))
+    with pytest.raises(MediaError, match="The image .* cannot be read .it is no picture that Pillow knows. — row 1."):
+        decoded(table[0], pictures, "row 1")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_of_another_projects_rows_are_opened_for_rewards(files, streaming, tmp_path):
+    features = {"q": datasets.Value("string"), "a": datasets.Value("string"), "picture": datasets.Image()}
+    rows = [{"q": f"<image>{n}", "a": str(n), "picture": file} for n, file in enumerate(files["image"])]
+    Dataset.from_list(rows, datasets.Features(features)).to_parquet(tmp_path / "rows.parquet")
+    ours = {"problem": "q", "answer": "a", "image": "picture"}
+    table, pictures = undecoded(load_data(tmp_path / "rows.parquet", columns=ours, streaming=streaming))
+    shown = [decoded(dict(row), pictures) for row in table]
+    for file, row in zip(files["image"], shown, strict=True):
+        assert isinstance(row["image"], Image.Image) and row["image"].tobytes() == Image.open(file).tobytes()
+    assert [row["answer"] for row in shown] == ["0", "1", "2", "3"]

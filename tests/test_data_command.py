@@ -491,6 +491,13 @@ def test_the_html_page_holds_rows_media_and_tokens_and_needs_no_network(html):
     assert not re.search(r'(src|href)="(?!data:|#)', html) and "http" not in html and "url(" not in html
 
 
+def test_a_page_cannot_be_a_folder(folder):
+    jsonl(folder / "rows.jsonl", [asked()])
+    for place in (folder, "."):
+        result = call("inspect", folder / "rows.jsonl", "--html", place)
+        assert result.exit_code == 2 and "that is a folder. Give the name of a file" in result.stderr
+
+
 def test_the_page_in_a_browser(folder, html):
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("needs chromium and chromedriver")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vlm_grpo import RunConfig, evaluating, load_data, run
@@ -19,8 +20,16 @@ from vlm_grpo.evaluating import evaluate_run, job
 from vlm_grpo.evaluating.plan import Plan, Request
 
 REWARDS = """
+import random
+
+import numpy as np
+import torch
+
 def odd(completion_ids, **columns):
     return [float(sum(ids) % 2) for ids in completion_ids]
+
+def noisy(completion_ids, **columns):
+    return [random.random() + float(np.random.rand()) + float(torch.rand(1)) for _ in completion_ids]
 
 async def spread(completion_ids, **columns):
     return [len(set(ids)) / 8 for ids in completion_ids]
@@ -114,6 +123,33 @@ def test_trls_evaluation_reports_each_reward(place: Path):  # covers Q8
     assert logs[0]["eval_reward"] == pytest.approx(parts)
     steps = [record for record in written(place / "run" / "metrics.jsonl") if "reward" in record]
     assert {"loss", "rewards/odd/mean", "rewards/spread/mean", "reward", "entropy"} <= set(steps[0])
+
+
+def test_rewards_that_draw_at_random_train_the_same_with_and_without_evaluation(place: Path, tmp_path: Path):
+    """Between training's random numbers no evaluation takes any: neither the held-out rows' nor TRL's own."""
+
+    def trained(output: str, **less: Any) -> dict[str, Any]:
+        asked = config(place).model_dump() | {"output": str(tmp_path / output)}
+        asked["rewards"] = [f"{place / 'rewards.py'}:noisy"]
+        asked["train"] = {**asked["train"], "max_steps": 2, "save_steps": 9, "max_completion_length": 3, **less}
+        asked["data"]["eval"] = None if less else asked["data"]["eval"]
+        run.train(RunConfig.model_validate(asked))
+        return load_file(tmp_path / output / "adapter_model.safetensors")
+
+    without, evaluated = trained("without", eval_strategy="no", eval_steps=None), trained("evaluated")
+    assert without.keys() == evaluated.keys()
+    assert all(bool((without[name] == evaluated[name]).all()) for name in without)
+
+
+def test_a_warm_start_on_texts_shows_itself_to_rewards_and_has_no_media_to_blank(place: Path, tmp_path: Path):
+    row = {"prompt": tiny.prompt("count 1", 0), "completion": "one", "answer": "one"}
+    (tmp_path / "texts.jsonl").write_text(4 * (json.dumps(row) + "\n"))
+    asked = config(place).model_dump() | {"output": str(tmp_path / "sft"), "rewards": ["overlong"]}
+    asked["data"] |= {"train": str(tmp_path / "texts.jsonl"), "eval": str(tmp_path / "texts.jsonl")}
+    asked["train"] = {"max_steps": 1, "gradient_check": False}
+    found = run.sft(RunConfig.model_validate(asked)).evaluation
+    assert list(found) == ["before", "after", "change"] and -1 <= found["before"]["rewards"]["overlong"] <= 0
+    assert "## Rewards" not in (tmp_path / "sft" / "README.md").read_text(), "they took no part in the training"
 
 
 def test_a_run_killed_before_its_last_figures_keeps_those_of_the_beginning(place: Path, own: Path):
@@ -233,6 +269,8 @@ def test_rows_of_text_have_no_control(place: Path, tmp_path: Path):
         ("run", {"temperature": 0.5}, ConfigError, "a temperature is of drawn answers, and none are"),
         ("model", {"baseline": "base", "rewards": ("accuracy",)}, ConfigError, "has no adapter that could be switched"),
         ("run", {"baseline": "./nowhere"}, ConfigError, 'baseline: the folder "./nowhere" does not exist'),
+        ("run", {"baseline": "nowhere/"}, ConfigError, 'baseline: the folder "nowhere/" does not exist'),
+        ("run", {"by": ("images",)}, ConfigError, 'by: "images" holds media'),
         ("nowhere", {}, ConfigError, 'eval: the folder ".*nowhere" does not exist'),
         (".", {}, ConfigError, "holds neither config.json nor adapter_config.json"),
         ("run", {"by": ("knd",)}, ConfigError, 'has no column "knd". Did you mean "kind"'),

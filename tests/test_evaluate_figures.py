@@ -299,3 +299,24 @@ def test_the_page_shows_every_state_and_says_what_it_means():
     assert "With its media blanked: -50.0 points" in text and "40 rows: the answers hang on the media" in text
     assert "yes/no F1" in text and "rows left out" in text
     assert "Accuracy by kind" in text and "and 20 more values in evaluation.json" in text
+
+
+def test_what_is_right_is_not_said_by_the_form_of_an_answer():
+    """Presets and people name the format first; a wrong answer in good form is no right one."""
+    specs = [RewardSpec(name=name, kwargs=more) for name, more in (("format", {}), ("length", {"max_length": 9}))]
+    assert yardstick_of([*specs, RewardSpec(name="actions")]).judge == "actions"
+    assert yardstick_of(specs).judge == "format", "there is nothing else"
+    assert yardstick_of([*specs, RewardSpec(name="accuracy")], correct="format").judge == "format"
+
+
+def test_an_answer_that_is_no_number_stands_as_null(tmp_path: Path):
+    write_rows(tmp_path / "rows.jsonl", "after", Evaluation([answered(1, False, truth=float("nan"))]))
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["answer"] is None
+
+
+def test_rows_without_a_verdict_say_nothing_of_a_change():
+    none = figures(Evaluation([answered(1, None)]))
+    found = {"before": none, "after": none, "change": change({}, {})}
+    out = io.StringIO()
+    Console(file=out, width=100).print(page(found))
+    assert "Change" not in out.getvalue() and none["unscored"] == 1

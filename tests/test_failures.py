@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from decimal import Decimal
 
 import pytest
 import recorder
@@ -109,6 +110,26 @@ def test_a_hiccup_does_not_stop_the_run(tmp_path):
         recorder.config(tmp_path, max_reward_failures=1.5)
 
 
+def test_a_stopped_run_goes_on_once_the_judge_is_mended(tmp_path):
+    answers = [[Failed("HTTP 503"), 0.2, 0.3, 0.4]]
+
+    def shaky(completions, **columns):
+        return answers[0]
+
+    def trainer_of():
+        model, processor = tiny.build("qwen2_5_vl", layers=1)
+        config = recorder.config(tmp_path, max_steps=5, max_reward_failures=0.1, **GROUP)
+        data = Dataset.from_list(rows(1))
+        return VLMGRPOTrainer(model, [shape, shaky], config, data, processing_class=processor)
+
+    with pytest.raises(RewardError, match="failed for 3 of the last 12 .*last reason: HTTP 503"):
+        trainer_of().train()
+    answers[0] = [0.1, 0.2, 0.3, 0.4]
+    trainer = trainer_of()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5, "what had failed before does not stop it again"
+
+
 # ---- what a spec may say about a function -------------------------------------------------------------------------
 
 OWN = """
@@ -126,8 +147,13 @@ async def later(completions, seconds=0.0, **columns):
 def raw(completions, truth, **columns):
     return truth
 
+def wrong(completions, **columns):
+    raise ValueError("no number in " + repr(completions))
+
 def two(completions, answer):
     return [1.0] * len(completions)
+
+two_3 = two
 
 class Made:
     def __init__(self, level=1.0):
@@ -195,7 +221,45 @@ def test_a_class_is_made_once_with_its_arguments(own):
 def test_an_error_shows_a_row(own):
     # covers A5
     with pytest.raises(RewardError) as caught:
-        one(f"{own}:raw")(prompts=["how many?"], completions=["seven"])
+        one(f"{own}:wrong")(prompts=["how many?"], completions=["seven"])
     assert 'began with the completion "seven" of the prompt "how many?"' in str(caught.value)
     with pytest.raises(RewardError, match='returned 1 values for 2 completions.* began with the completion "a"'):
         one(f"{own}:raw")(completions=["a", "b"], truth=[1.0])
+    with pytest.raises(RewardError) as caught:
+        one(f"{own}:wrong")(completions=["b" * 5000])
+    assert len(str(caught.value)) < 700, "of a long message and a long completion the beginning"
+    for value, said in (
+        (10**400, "1000"),
+        ("x" * 5000, "xxx"),
+        (float("nan"), "nan"),
+        (torch.tensor(torch.inf), "inf"),
+    ):
+        with pytest.raises(RewardError, match=f"returned [^.]*{said}.* Return a finite number") as caught:
+            one(f"{own}:raw")(completions=["a"], truth=[value])
+        assert len(str(caught.value)) < 300
+    assert one(f"{own}:raw")(completions=["a"] * 3, truth=[Decimal("0.5"), True, 2]) == [0.5, 1.0, 2.0]
+
+
+def test_a_function_that_does_not_fit_the_rows(own):
+    # covers A5
+    with pytest.raises(RewardError, match='raw": it asks for the column "truth", which the rows do not have. They hav'):
+        one(f"{own}:raw")(completions=["a"], prompts=["p"], label=["1"], log_extra=print)
+    with pytest.raises(RewardError, match="it is given prompts, label by name and does not take them. Add [*][*]colum"):
+        one(f"{own}:two")(completions=["a"], prompts=["p"], answer=["1"], label=["1"])
+    assert one(f"{own}:two")(completions=["a"], answer=["1"]) == [1.0]
+
+
+def test_a_column_may_have_the_name_of_a_built_in_option():
+    columns = {"answer": ["7", "8"], "tags": ["a", "b"], "strict": ["x", "y"], "method": ["m", "n"], "column": [1, 2]}
+    texts = ["<think>x</think><answer>7</answer>"] * 2
+    assert one("format")(completions=texts, **columns) == [1.0, 1.0]
+    assert one("accuracy", kwargs={"wrong": -1.0})(completions=texts, **columns) == [1.0, -1.0]
+
+
+def test_names_stay_apart(own):
+    functions, _ = load_rewards([f"{own}:{name}" for name in ("two_3", "two", "two", "two")])
+    assert [function.__name__ for function in functions] == ["two_3", "two", "two_4", "two_5"]
+    functions, _ = load_rewards([f"{own}:{name}" for name in ("two_3", "two_3", "raw", "two_3")])
+    assert len({function.__name__ for function in functions}) == 4
+    functions, _ = load_rewards([f"{own}:{name}" for name in ("two", "two_3", "two")])
+    assert [function.__name__ for function in functions] == ["two", "two_3", "two_4"], "two_3 would be the third's"

@@ -426,6 +426,16 @@ def test_tables_of_texts(folder):
     assert load_data(str(folder / "vqa.csv"))[0]["question"] == "<image>Which?"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_that_says_none_is_one(folder, streaming):
+    words = ["None", "NA", "null", "n/a", "", "yes"]
+    lines = [f"Which?,{word},{number}" for number, word in enumerate(words)]
+    (folder / "none.csv").write_text("\n".join(["prompt,answer,width", *lines, "Which?,nan,"]))
+    rows = list(load_data(str(folder / "none.csv"), streaming=streaming))
+    assert [row["answer"] for row in rows] == ["None", "NA", "null", "n/a", None, "yes", "nan"]
+    assert [row["width"] for row in rows][4:] == [4, 5, None], "numbers stay numbers where a cell is empty"
+
+
 def test_folders(folder, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -616,3 +626,13 @@ def test_a_tag_that_stays_a_text_is_said(folder, caplog):
     data = load_data(jsonl(folder / "tags.jsonl", row, row))
     assert to_sample(data[0]).prompt[0]["content"][1] == text("<image>Which?"), "in TRL's format it is text"
     assert caplog.text.count('"<image>" stands in the prompt as text') == 1
+
+
+def test_turns_that_are_in_no_prompt_stay_where_some_rows_have_none():
+    # covers L7
+    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]
+    longer = [*turns, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    rows = [{"conversations": own, "caption_type": 1, "length_bonus": 1.0} for own in (turns, longer)]
+    for form in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        read = list(as_canonical(form))
+        assert read[1]["conversations"] == longer and [row["answer"] for row in read] == ["Yes.", "Yes."]

@@ -118,6 +118,9 @@ def test_the_wheel_holds_every_module_once(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.endswith(".py")} == modules()
     assert len(names) == len(set(names)) and "vlm_grpo/patches/README.md" in names
+    beside = {path.relative_to(ROOT) for path in (ROOT / "vlm_grpo").rglob("*.*") if path.is_file()}
+    assert {str(f) for f in beside if f.suffix in (".html", ".css", ".js", ".jinja")} <= set(names), "pages' templates"
+    assert "would be ignored" not in done.stdout + done.stderr
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -217,6 +217,9 @@ def test_todays_and_yesterdays_evaluations_are_both_read():
     compared = {"after": {"accuracy": 0.5}, "before": {"accuracy": 1}, "settings": {"run": "a/b/c", "baseline": "base"}}
     found = facts.outcome(compared)
     assert found is not None and [state.title for state in found.states] == ["the base model", "c"]
+    unscored = {"accuracy": 0.0, "ci95": [0.0, 1.0], "rows": 3, "unscored": 3}
+    found = facts.outcome({"after": unscored, "change": {"difference": 0.0, "ci95": [-1, 1], "p": 1.0, "rows": 0}})
+    assert found is not None and found.states == [("after training", None, None, None, "3")] and not found.change
     for nothing in ({}, {"before": None}, {"before": {"accuracy": None}}, {"after": [1]}):
         assert facts.outcome(nothing) is None
 
@@ -233,7 +236,7 @@ def test_long_texts_are_folded_and_end_with_their_answer():
 
 
 def test_every_text_can_be_read_on_its_ground_in_light_and_dark():
-    source = (Path(report.__file__).parent / "template" / "page.css").read_text()
+    source = (Path(report.__file__).parent / "page.css").read_text()
     light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in source.split("@media", 2)[:2])
 
     def luminance(colour: str) -> float:
@@ -315,3 +318,12 @@ def test_the_folder_that_eval_writes_is_a_page_too(tmp_path):
     for said in ("held-out rows, by vlm-grpo eval", "digits 50.0%", "digits, media left out", "samples 4"):
         assert said in text, said
     assert "after media left out other rows' media" in text and "has no" not in text
+
+
+def test_a_run_that_went_on_after_its_time_was_up_is_not_called_stopped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "reward": 1.0}\n{"step": 7, "reward": 1.0}\n')
+    (tmp_path / "result.json").write_text('{"steps": 5, "seconds": 9, "stopped": "time limit"}')
+    (tmp_path / "evaluation.json").write_text('{"after": {"accuracy": 0.5, "ci95": [0.2, 0.8], "rows": 8}}')
+    text = report.write_report(tmp_path).read_text()
+    assert "not finished: 7 steps" in text and "stopped by time limit" not in text
+    assert "figures after training are of step 5" in text

@@ -92,6 +92,7 @@ def test_only_dead_groups_are_generated_again(trained):
     assert again and all(count % 4 == 0 for count in again) and min(again) < first
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_the_merged_batch_are_those_of_each_row_alone(tmp_path):
     trainer = trainer_of(tmp_path, learning_rate=0.0, beta=0.1, max_steps=1)
     trainer.train()
@@ -165,7 +166,7 @@ def keep_gradients(trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(5, 9))
+@pytest.mark.parametrize("seed", [5, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (6, 7, 8))])
 def test_no_prompt_comes_twice_while_others_wait(seed, tmp_path):
     trainer = trainer_of(tmp_path, seed=seed, max_steps=1)
     trainer.train()

@@ -454,3 +454,10 @@ def test_a_hundred_kilobytes_take_no_time(piece):
     for method, answer in ANSWERS.items():
         right(text, answer, method=method)
     assert time.process_time() - start < 3.0, "0.3 s on an idle machine"
+
+
+def test_other_columns_of_texts_are_no_options_of_a_text():
+    many = [[f"s{number}" for number in range(30)]]
+    assert accuracy(["cat"], answer=["cat"], choices=many) == [1.0], "segments, say: the method asks for no letter"
+    with pytest.raises(RewardError, match="a row has 30 options"):
+        accuracy(["A"], answer=["A"], choices=many, method="choice")

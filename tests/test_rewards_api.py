@@ -708,6 +708,18 @@ def test_a_groups_medium_is_read_once(tmp_path, monkeypatch):
     assert len(opened) == 1
 
 
+def test_a_column_that_makes_its_pictures_anew_keeps_them_apart():
+    import datasets
+
+    pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(40)]
+    rows = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    with serving(lengths) as server:
+        reward(server, send_media=True, batch_size=40).score([f"{n:02}" for n in range(40)], image=rows["image"])
+    (body,) = [body for _, _, body in server.requests]
+    sent = [Image.open(io.BytesIO(base64.b64decode(media[0]["data"]))) for media in body["media"]]
+    assert [picture.getpixel((0, 0))[0] for picture in sent] == [int(text) for text in body["messages"]]
+
+
 # ---- who may call it -----------------------------------------------------------------------------------------------
 
 

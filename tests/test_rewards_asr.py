@@ -6,8 +6,8 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tokenizer as tiny_tokenizer
 
-from tests.tiny import tokenizer as tiny_tokenizer
 from vlm_grpo.errors import RewardError
 from vlm_grpo.rewards.asr import Asr, cer, wer
 from vlm_grpo.rewards.ocr import Ocr

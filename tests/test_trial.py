@@ -93,9 +93,7 @@ def test_a_reward_that_prefers_noise_is_named(own):
 
 def test_the_command(own, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    (tmp_path / "run.yaml").write_text(
-        f"model: m\ndata: {tmp_path / 'rows.jsonl'}\nrewards: [accuracy, '{own}:blind']\n"
-    )
+    (tmp_path / "run.yaml").write_text(f"data: {tmp_path / 'rows.jsonl'}\nrewards: [accuracy, '{own}:blind']\n")
     result = CliRunner().invoke(app, ["reward", "test", str(tmp_path / "run.yaml")])
     assert result.exit_code == 0, result.output
     assert "another row's" in result.output and "gave 0.5 to everything" in result.output

@@ -46,7 +46,7 @@ def write_run_card(folder: Path, config: RunConfig, command: str, rows: int | No
         f"# {title(folder.name, config.model)}",
         f"Trained by {_ALGORITHMS[command]} with vlm-grpo {_version('vlm-grpo')}.",
         *section("Data", _data(config, rows, held_out_rows, result.get("left_out", {}))),
-        *section("Rewards", _rewards_table(config)),
+        *section("Rewards", _rewards_table(config) if command == "train" else []),
         *section("Training", _training(folder, config, command, adapter, result)),
         *held_out(read_json(folder / EVALUATION)),
         *section("Versions", _versions(config)),
@@ -113,9 +113,11 @@ def held_out(figures: dict[str, Any]) -> list[str]:
     for name, found in states.items():
         low, high = found["ci95"]
         means = [found.get("rewards", {}).get(reward) for reward in rewards]
-        cells = [name, f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(found["rows"])]
+        judged = found.get("unscored", 0) < found["rows"]
+        accuracy = [f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"] if judged else ["no verdicts", ""]
+        cells = [name, *accuracy, str(found["rows"])]
         lines.append(_row([*cells, *("" if mean is None else f"{mean:.3g}" for mean in means)]))
-    if change := figures.get("change"):
+    if (change := figures.get("change")) and change["rows"]:
         low, high = change["ci95"]
         points = f"{100 * change['difference']:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}"
         lines += ["", f"Change by training: {points}, p = {change['p']:.2g}, {change['rows']} rows)."]

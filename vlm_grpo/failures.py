@@ -36,6 +36,7 @@ class RewardFailures(TrainerCallback):
         self._recent: dict[str, deque[tuple[int, int]]] = {}
         self._said: set[tuple[str, str]] = set()
         self._count: Counter[str] = Counter()  # completions that failed so far
+        self._last: dict[str, str] = {}  # reason of each reward
         self._stop: str | None = None
 
     def note(self, values: list[Any], name: str) -> list[Any]:
@@ -44,6 +45,7 @@ class RewardFailures(TrainerCallback):
         self._failed[name] = failed
         for index in failed:
             self._reasons.setdefault(index, f"{name}: {values[index].reason}")
+            self._last[name] = values[index].reason
             self._say_once(name, values[index].reason)
         return [0.0 if isinstance(value, Failed) else value for value in values]
 
@@ -91,12 +93,15 @@ class RewardFailures(TrainerCallback):
             failed, rows = (sum(counts) for counts in zip(*recent, strict=True))
             share = failed / rows
             if share > self.limit and (len(recent) >= _ENOUGH or failed == rows):
-                reason = next((text for text in self._reasons.values() if text.startswith(f"{name}: ")), "")
+                # Of another process's completions the reason is not known here.
+                reason = f" (last reason: {self._last[name]})" if name in self._last else ""
                 self._stop = (
                     f'The reward "{name}" failed for {failed} of the last {rows} completions ({share:.0%}), more than '
-                    f"max_reward_failures={self.limit:g} allows (last reason: {reason.removeprefix(f'{name}: ')}). A "
-                    "checkpoint was saved: mend what the reward calls, and the same command goes on."
+                    f"max_reward_failures={self.limit:g} allows{reason}. A checkpoint was saved: mend what the reward "
+                    "calls, and the same command goes on."
                 )
+        if self._stop is not None:
+            self._recent.clear()  # before the checkpoint: what was mended would else stop the run that goes on again
 
     def _say_once(self, name: str, reason: str) -> None:
         if (name, reason) not in self._said and len(self._said) < _ROLLOUTS:
@@ -112,5 +117,4 @@ class RewardFailures(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs: Any):
         if self._stop is not None:
             stop, self._stop = self._stop, None
-            self._recent.clear()
             raise RewardError(stop)

@@ -11,6 +11,7 @@ from .config import RunConfig
 from .evaluate import Control, Evaluation, Yardstick, change, evaluate, figures, learned_yardstick, yardstick_of
 from .evaluate.figures import read_verdicts, write_rows
 from .folder import EVALUATION, EVALUATION_ROWS, is_main_process, write_json
+from .rewards import introduce
 
 
 class HeldOut:
@@ -32,19 +33,27 @@ class HeldOut:
         _record(folder, found, "before", self._measure(trainer, "held-out, before"))
 
     def after(self, trainer: Any, folder: Path, found: dict[str, Any]) -> None:
-        """Measure the trained model, with its media and without, and the paired change since ``before``."""
+        """Measure the trained model, with its media and, where rows have any, without; and the change since before."""
         after = self._measure(trainer, "held-out, after")
         _record(folder, found, "after", after)
-        blind = self._measure(trainer, "held-out, blank media", "blank")
-        more = {"kind": "blank", "change": change(after.verdicts, blind.verdicts)}
-        _record(folder, found, "control", blind, more)
+        if any(row.media for row in after.rows):
+            blind = self._measure(trainer, "held-out, blank media", "blank")
+            more = {"kind": "blank", "change": change(after.verdicts, blind.verdicts)}
+            _record(folder, found, "control", blind, more)
         before = read_verdicts(folder / EVALUATION_ROWS, "before")
         if before:  # a run that an older version began has none
             found["change"] = change(before, after.verdicts)
             _write(folder, found)
 
     def _measure(self, trainer: Any, title: str, control: Control | None = None) -> Evaluation:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        introduce(
+            self.yardstick.rewards.values(),
+            processor=trainer.processing_class,
+            media=trainer.intake.media,
+            max_completion_length=self.length,
+        )
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not is_main_process()) as progress:
             task = progress.add_task(title, total=len(self.rows))
             return evaluate(
                 trainer.accelerator.unwrap_model(trainer.model),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .callbacks import append_jsonl
+from .report import read_jsonl
 
 _MOST, _LONGEST = 200, 2000  # sentences, and characters of one
 
@@ -15,15 +16,16 @@ class _Notes(logging.Handler):
     def __init__(self, path: Path, trainer: Any) -> None:
         super().__init__(logging.WARNING)
         self.path, self.trainer = path, trainer
-        self._said: set[str] = set()
+        # A continued run meets again what it warned of after its checkpoint, or has forgotten that it did.
+        self._said = {str(note.get("text")) for note in read_jsonl(path)} if path.is_file() else set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = record.getMessage()[:_LONGEST]
         if text in self._said or len(self._said) >= _MOST:
             return
         self._said.add(text)
         try:
-            append_jsonl(self.path, [{"step": self.trainer.state.global_step, "text": text[:_LONGEST]}])
+            append_jsonl(self.path, [{"step": self.trainer.state.global_step, "text": text}])
         except (OSError, ValueError):  # also what no file can hold, such as half a character
             self.handleError(record)
 

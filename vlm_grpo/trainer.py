@@ -45,6 +45,7 @@ from .preparation import (
     watch_rewards,
 )
 from .quantized import trainable_data
+from .randomness import same_random_states
 from .rates import PartRates
 from .resample import check_resampling, replay_rewards, resampled
 from .rewards import check_finite
@@ -365,6 +366,10 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             self._gradient_check.watch(output, [encoded.senses for encoded in rows])
         self.numbers.said.watch(logps, rows)
         return logps, entropies if compute_entropy else None, aux_loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with same_random_states():  # a run trains on the same completions, evaluated or not
+            return super().evaluate(*args, **kwargs)
 
     # ---- resume -------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ def evaluate(
         list[str] | None, typer.Option("--reward", help="A reward, as train takes it. Default: the run's. Repeatable.")
     ] = None,
     correct: Annotated[
-        str | None, typer.Option("--correct", help="The reward that says what is right: 1 or more. Default: the first.")
+        str | None,
+        typer.Option("--correct", help="The reward that says what is right: 1 or more. Default: the first on content."),
     ] = None,
     by: Annotated[list[str] | None, typer.Option("--by", help="A column to break accuracy down by. Repeatable.")] = (
         None

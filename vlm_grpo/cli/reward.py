@@ -9,6 +9,7 @@ import typer
 
 from ..config import load_config
 from ..errors import ConfigError
+from ..yaml_text import read_yaml
 from .base import app, err, help_of, out, say, set_up_logging
 
 reward_app = typer.Typer(
@@ -35,7 +36,9 @@ def test(
 ) -> None:
     """Show what each reward gives to right answers, wrong ones, nothing and noise."""
     set_up_logging()
-    given: dict[str, Any] = {"data.train": data, "rewards": reward or None, "model": None if config else "none"}
+    # Rewards are tried without the policy: a file that names none is no reason to refuse it.
+    named = config is not None and "model" in read_yaml(config)
+    given: dict[str, Any] = {"data.train": data, "rewards": reward or None, "model": None if named else "none"}
     resolved = load_config(config, None, {key: value for key, value in given.items() if value is not None})
     if resolved.data.train is None:
         raise ConfigError("reward test: no rows. Give --data FILE.jsonl, or data: in the config file.")

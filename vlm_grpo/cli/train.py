@@ -90,6 +90,10 @@ def _say_result(result: Any) -> None:
     if result.stopped in _SIGNALS:
         say(f"Stopped by {result.stopped} at step {result.steps}; the same command again continues from there.")
         raise typer.Exit(_SIGNALS[result.stopped])
+    from ..folder import is_main_process
+
+    if not is_main_process():
+        return
     why = f" ({result.stopped})" if result.stopped else ""
     out.print(
         f"{result.steps} steps in {result.seconds:.0f} s{why}, saved in {result.run_dir}\n"

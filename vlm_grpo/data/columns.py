@@ -6,6 +6,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+# Where a stream remembers the features that it lost.
+_PICTURES = "_vlm_grpo_pictures"
+
+
 def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]":
     """The dataset with its Image, Video and Audio columns (and lists of them) as bytes or paths.
 
@@ -23,9 +27,9 @@ def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]
         pictures = {column: feature for _, found in parts.values() for column, feature in found.items()}
         return {name: part for name, (part, _) in parts.items()}, pictures  # type: ignore[return-value]
     features = getattr(dataset, "features", None)
+    pictures = dict(getattr(dataset, _PICTURES, {}))
     if not features or getattr(dataset, "format", {}).get("type") == "custom":  # a transform makes the rows
-        return dataset, {}
-    pictures = {}
+        return dataset, pictures
     for column, feature in features.items():
         inner = inner_feature(feature)
         if not isinstance(inner, (datasets.Image, datasets.Video, datasets.Audio)) or not inner.decode:
@@ -35,6 +39,12 @@ def undecoded(dataset: Any) -> "tuple[Dataset | IterableDataset, dict[str, Any]]
         if isinstance(inner, datasets.Image):
             pictures[column] = inner
     return dataset, pictures
+
+
+def remembering(stream: "IterableDataset", pictures: dict[str, Any]) -> "IterableDataset":
+    """A stream whose rows are made anew, and so have no features, with those of its pictures for ``undecoded``."""
+    setattr(stream, _PICTURES, pictures)
+    return stream
 
 
 def _labelled(dataset: Any, column: str, feature: Any) -> Any:
@@ -55,12 +65,21 @@ def inner_feature(feature: Any) -> Any:
     return getattr(feature, "feature", feature)
 
 
-def decoded(row: dict[str, Any], pictures: dict[str, Any]) -> dict[str, Any]:
-    """The row with its pictures as PIL images again, as reward functions expect them."""
+def decoded(row: dict[str, Any], pictures: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The row with its pictures as PIL images again, as reward functions expect them.
+
+    Raises:
+        MediaError: one that cannot be read, in whatever column: only those that the model sees are looked at before.
+    """
+    from ..media import Medium
+    from ..media.problems import reading
 
     def decode(feature: Any, value: Any) -> Any:
         if isinstance(value, list):
             return [decode(feature, item) for item in value]
-        return feature.decode_example(value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        with reading(Medium.of(value, "image", where=where)):
+            return feature.decode_example(value)
 
     return {**row, **{name: decode(feature, row[name]) for name, feature in pictures.items() if name in row}}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataFormatError, MediaError
-from .columns import inner_feature, undecoded
+from .columns import inner_feature, remembering, undecoded
 from .formats import as_canonical, canonical
 from .formats.detection import named
 from .formats.mapping import check_columns, read_tags
@@ -236,13 +236,16 @@ def _table(dataset: Any, limit: int | None, checked: _Checked, options: dict[str
 def _stream(
     dataset: "IterableDataset", limit: int | None, checked: _Checked, options: dict[str, Any], rates: PassRates
 ) -> "IterableDataset":
-    plain: Any = undecoded(dataset)[0]
+    plain: Any
+    plain, pictures = undecoded(dataset)
     stream = as_canonical(plain, checked.name, **options)
-    # Where the rows are canonical already, their pictures can still be decoded for rewards.
+    ours = {theirs: name for name, theirs in (options["columns"] or {}).items()}
+    pictures = {ours.get(name, name): feature for name, feature in pictures.items()}
+    # Where the rows are canonical already, they keep their types.
     stream = stream.map(checked, with_indices=True, features=dataset.features if stream is plain else None)
     if rates:
         stream = stream.filter(rates.keeps_numbered, with_indices=True)
-    return stream if limit is None else stream.take(limit)
+    return remembering(stream if limit is None else stream.take(limit), pictures)
 
 
 def _with_absolute_paths(dataset: "Dataset", root: Path) -> "Dataset":

@@ -149,7 +149,9 @@ def _read_table(path: Path, streaming: bool) -> "Dataset | IterableDataset":
         if path.suffix == ".parquet":
             parquet.read_schema(path)  # datasets would log what is wrong with the file, beside raising it
         kind = _TABLES[path.suffix]
-        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        # "None", "NA" and "null" are answers; only a cell without anything is missing.
+        own = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **own)
     except (ValueError, OSError, DatasetGenerationError) as error:
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise DataFormatError(f"{path} cannot be read as {path.suffix[1:]} ({reason}). Write it anew.") from error

@@ -10,6 +10,7 @@ from ..errors import ConfigError, EncodingError, MediaError, OverlongError
 from ..intake import Intake
 from ..models.families import placeholder_ids_by_kind
 from ..models.modes import inference_mode
+from ..randomness import same_random_states
 from ..rewards.accuracy import accuracy
 from .answering import completion_tokens, decoded_texts, drawn_tokens
 from .controls import Control, Exchange, exchange
@@ -131,7 +132,8 @@ def evaluate(
         samples: so many further answers of each row, drawn from the model's whole distribution; only whether they are
             right is measured.
         temperature: of the drawn answers.
-        seed: of the drawn answers and of ``shuffle``. The caller's random state stays as it was.
+        seed: of the drawn answers and of ``shuffle``. The caller's random states stay as they were, whatever rewards
+            draw.
         batch_size: rows per ``generate`` call, and drawn answers.
         max_new_tokens: length limit of an answer.
         template: keyword arguments of the chat template, as in training (``chat_template_kwargs``).
@@ -165,7 +167,7 @@ def evaluate(
     change = exchange(control, rows, asked.intake, seed) if control else None
     found: list[Answered] = []
     done = 0
-    with inference_mode(model), waiting() as wait:
+    with same_random_states(), inference_mode(model), waiting() as wait:
         for batch in _batches(rows, batch_size):
             read = _read(asked.intake, batch, done, change)
             done += len(batch)

@@ -108,8 +108,8 @@ def _record(state: str, row: Answered) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON: what has no form there as text."""
-    return json.loads(json.dumps(value, default=str))
+    """A cell as JSON: what has no form there as text, and NaN and infinity as null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _mean(values: Sequence[Any]) -> float | None:

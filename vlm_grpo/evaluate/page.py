@@ -80,7 +80,7 @@ def _keys(found: list[dict[str, Any]], section: str) -> list[str]:
 
 def _sentences(evaluation: dict[str, Any]) -> Iterator[str]:
     """What changed. The exact test decides: of few rows, the bootstrap's interval is too narrow."""
-    if "change" in evaluation:
+    if evaluation.get("change", {}).get("rows"):
         change = evaluation["change"]
         verdict = "more" if change["difference"] > 0 else "fewer"
         told = (
@@ -89,7 +89,7 @@ def _sentences(evaluation: dict[str, Any]) -> Iterator[str]:
         yield f"Change: {_points(change)}: {told}."
     for state in states(evaluation):
         found = evaluation[state]
-        if "kind" in found:
+        if "kind" in found and found["change"]["rows"]:
             change = found["change"]
             if change["p"] >= _LEVEL:
                 told = "nothing shows that the answers hang on the media"

@@ -21,6 +21,7 @@ Value = float | Failed | None
 Reward = Callable[..., Any]
 Waiter = Callable[[list[Any]], list[Any]]
 
+_OF_FORM = ("format", "length", "overlong", "repetition")  # a wrong answer satisfies these as well as a right one
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
 
@@ -78,7 +79,8 @@ def yardstick_of(
     Args:
         specs: the rewards.
         functions: what ``load_rewards`` made of them, where that has been done.
-        correct: the name of the reward that says what is right, as metrics call it; by default the first that can.
+        correct: the name of the reward that says what is right, as metrics call it; by default the first that can and
+            looks at the answer, not at its form alone, as ``format`` and ``length`` do.
 
     Raises:
         RewardError: a reward that cannot be resolved.
@@ -98,7 +100,7 @@ def yardstick_of(
             f"{which} say which answers are right: by its scale and clip a wrong one earns as much. Name another "
             "one, or measure one more without weight: accuracy=0."
         )
-    judge = correct or next(iter(able))
+    judge = correct or next((name for name, spec in able.items() if spec.name not in _OF_FORM), next(iter(able)))
     spec = able[judge]
     right_at = min(_full_marks(spec), spec.clip[1] if spec.clip else math.inf)
     truth = spec.columns.get("answer", spec.kwargs.get("column", "answer"))

@@ -19,6 +19,7 @@ from ..folder import EVALUATION, EVALUATION_ROWS, write_json
 from ..intake import Intake
 from ..models import load_model
 from ..models.families import placeholder_ids_by_kind
+from ..rewards import introduce
 from ..trained import config_of, template_of
 from .plan import BASE, Plan, Request
 
@@ -61,7 +62,7 @@ class _Job:
     """One evaluation on its way."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.yardstick = plan, plan.yardstick
         self.evaluation: dict[str, Any] = {}
         self.verdicts: dict[str, dict[int, bool]] = {}
 
@@ -103,6 +104,7 @@ class _Job:
         gc.collect()
         torch.cuda.empty_cache()
         model, processor = load_model(name, **plan.loading(of, config))
+        self.yardstick = plan.fresh_yardstick()
         return self._state("before", model, processor, name)
 
     def _pair(self, before: Evaluation, after: Evaluation) -> None:
@@ -117,13 +119,15 @@ class _Job:
     def _state(self, state: str, model: Any, processor: Any, name: str, control: Control | None = None) -> Evaluation:
         """Measure one state of the model called ``name`` and write it down."""
         plan, request = self.plan, self.plan.request
+        rewards = self.yardstick.rewards.values()
+        introduce(rewards, processor=processor, media=plan.media, max_completion_length=plan.length)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(f"{state}: {name}{f', {control}' if control else ''}", total=len(plan.rows))
             found = evaluate(
                 model,
                 processor,
                 plan.rows,
-                yardstick=plan.yardstick,
+                yardstick=self.yardstick,
                 control=control,
                 samples=0 if control else request.samples,
                 temperature=plan.temperature,

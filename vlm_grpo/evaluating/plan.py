@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MediaOptions, RewardSpec, RunConfig, load_config
-from ..data import load_data, to_sample, undecoded
+from ..data import MEDIA_COLUMNS, load_data, to_sample, undecoded
 from ..data.scan import scan_media
 from ..errors import ConfigError, MediaError, nearest
 from ..evaluate import CONTROLS, Control, Yardstick, learned_yardstick, yardstick_of
 from ..evaluate.figures import Labels
 from ..evaluate.saving import check_savable
 from ..folder import EVALUATION
-from ..models import is_adapter, looks_like_path
+from ..models import is_adapter, load_processor, looks_like_path
 from ..trained import as_trained, command_of, config_of, run_home
 
 _LOG = logging.getLogger("vlm_grpo")
@@ -35,7 +35,7 @@ class Request:
         samples: so many answers of each row are drawn besides, for pass@k.
         controls: what else is measured, the media ``blank``, ``shuffle`` or left out (``text``).
         rewards: names as in a config, ``accuracy`` or ``file.py:function=0.5``; by default the run's own.
-        correct: the reward that says what is right; by default the first.
+        correct: the reward that says what is right; by default the first that looks at the answer.
         by: columns to break the accuracy down by.
         labels: whether the right answers are classes; ``auto`` looks.
         limit, split: of the rows.
@@ -88,7 +88,7 @@ class Plan:
         self.config = config_of(request.run)
         _check_numbers(request)
         self._check_models()
-        self.yardstick = self._yardstick()
+        self.yardstick = self.fresh_yardstick()
         self.data, self.split, self.root = self._source()
         reading = {**(self.config.data.reading() if self.config else {}), "media_root": self.root}
         self.rows = load_data(self.data, self.split, request.limit, check_files=False, **reading)
@@ -160,8 +160,11 @@ class Plan:
                 )
         elif baseline is not None:
             _check_model(baseline, "baseline")
+            if not Path(baseline).expanduser().is_dir():
+                load_processor(baseline)  # of a name on the Hub: its weights are asked for after the run's answers
 
-    def _yardstick(self) -> Yardstick:
+    def fresh_yardstick(self) -> Yardstick:
+        """What answers are measured by, its rewards new: some take on the model that they are shown first."""
         request, config = self.request, self.config
         learned = self._option("completion_column", "completion") if command_of(request.run) == "sft" else None
         specs = _specs(request.rewards) if request.rewards else config.rewards if config else []
@@ -187,6 +190,10 @@ class Plan:
     def _check_columns(self) -> None:
         known = self.rows.column_names
         for column in self.request.by:
+            if column in MEDIA_COLUMNS:
+                raise ConfigError(
+                    f'by: "{column}" holds media, which no two rows share. Name a column of kinds of rows.'
+                )
             if column not in known:
                 raise ConfigError(
                     f'by: {self.data} has no column "{column}".{nearest(column, known)} It has: {", ".join(known)}.'

@@ -1,6 +1,5 @@
 """A model looked into, and left as it was."""
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..media import KINDS
+from ..randomness import same_random_states
 
 
 @contextmanager
@@ -20,20 +20,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     jitter) would pass for a difference, and running statistics would be written. Checkpointing is off by its flag
     alone: the methods that switch it forget how it was configured.
     """
-    import numpy as np
-
     kept = [(module, _changeable(vars(module)), dict(module._buffers)) for module in model.modules()]
-    states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+        with same_random_states(), torch.no_grad():
             model.eval()
             for module in model.modules():
                 if "gradient_checkpointing" in vars(module):
                     vars(module)["gradient_checkpointing"] = False
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         for module, attributes, buffers in kept:
             vars(module).update(attributes)
             module._buffers.update(buffers)

@@ -39,6 +39,8 @@ def write_html(found: Inspection, out: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    if out.is_dir():
+        raise ConfigError(f"--html {out}: that is a folder. Give the name of a file, such as {out / 'rows.html'}.")
     text = render(found)
     beside = out.with_name(f".{out.name}.new")
     try:

@@ -163,7 +163,8 @@ def load_processor(name_or_path: str | Path) -> Any:
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can only mean a folder: a name on the Hub is ``name`` or ``owner/name``."""
-    return Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or "\\" in name
+    written = name.startswith(("./", "../", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return Path(name).is_absolute() or written
 
 
 def _choose(backend: Backend, trains_adapter: bool) -> tuple[str, str]:

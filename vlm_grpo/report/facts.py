@@ -70,13 +70,23 @@ def read_config(run: Path) -> tuple[str, dict[str, Any]]:
 
 def ending(result: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """How the run ended, in a few words."""
-    last = max((step for record in records if (step := finite(record.get("step"))) is not None), default=None)
+    last = _last_step(records)
     steps, seconds = finite(result.get("steps")), finite(result.get("seconds"))
-    if steps is None:
+    if steps is None or went_on(result, records):
         return "nothing logged yet" if last is None else f"not finished: {last:.0f} steps logged so far"
     took = f" in {duration(seconds)}" if seconds is not None else ""
     why = result.get("stopped")
     return f"stopped by {why} after {steps:.0f} steps{took}" if why else f"finished: {steps:.0f} steps{took}"
+
+
+def went_on(result: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    """Whether a run that had stopped was continued since: its result, and figures after training, are of then."""
+    last, steps = _last_step(records), finite(result.get("steps"))
+    return last is not None and steps is not None and last > steps
+
+
+def _last_step(records: list[dict[str, Any]]) -> float | None:
+    return max((step for record in records if (step := finite(record.get("step"))) is not None), default=None)
 
 
 def run_facts(
@@ -131,12 +141,21 @@ def outcome(evaluation: dict[str, Any]) -> Outcome | None:
         return None
     states = []
     for title, state in found.items():
-        low, high = _interval(state.get("ci95"))
-        states.append(State(title, finite(state.get("accuracy")), low, high, _text(state.get("rows"))))
+        # Without a verdict on any row there is an accuracy of nothing: 0, between 0 and 1.
+        judged = not state.get("unscored") or state.get("unscored") != state.get("rows")
+        low, high = _interval(state.get("ci95")) if judged else (None, None)
+        accuracy = finite(state.get("accuracy")) if judged else None
+        states.append(State(title, accuracy, low, high, _text(state.get("rows"))))
     flat = [_flat(state) for state in found.values()]
     names = dict.fromkeys(name for state in flat for name in state)
     further = [(name, [state.get(name) or "–" for state in flat]) for name in names]
-    return Outcome(states, _change(_mapping(evaluation.get("change"))), further, _parts(found))
+    baseline = _mapping(evaluation.get("settings")).get("baseline")
+    words = (
+        "The accuracy differs from the baseline's"
+        if baseline not in (None, "base")
+        else "Training changed the accuracy"
+    )
+    return Outcome(states, _change(_mapping(evaluation.get("change")), words), further, _parts(found))
 
 
 def _compared(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -172,11 +191,11 @@ def _flat(state: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def _change(change: dict[str, Any]) -> str:
+def _change(change: dict[str, Any], words: str) -> str:
     difference, (low, high) = finite(change.get("difference")), _interval(change.get("ci95"))
-    if difference is None:
+    if difference is None or change.get("rows") == 0:
         return ""
-    words = f"Training changed the accuracy by {100 * difference:+.1f} points"
+    words += f" by {100 * difference:+.1f} points"
     words += f" (95% interval {100 * low:+.1f} to {100 * high:+.1f})" if low is not None and high is not None else ""
     p, rows = finite(change.get("p")), finite(change.get("rows"))
     small = "p < 0.001" if p is not None and p < 0.001 else f"p = {p:.3f}" if p is not None else ""

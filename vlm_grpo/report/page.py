@@ -20,6 +20,7 @@ from .facts import (
     read_versions,
     reward_weights,
     run_facts,
+    went_on,
 )
 from .records import finite, read_jsonl
 from .tables import held_out_table, samples_table
@@ -81,7 +82,7 @@ def _render(run: Path) -> str:
 
 
 def _text_of(name: str) -> str:
-    return (resources.files("vlm_grpo.report") / "template" / name).read_text(encoding="utf-8")
+    return (resources.files("vlm_grpo.report") / name).read_text(encoding="utf-8")
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -100,6 +101,10 @@ def _content(run: Path) -> dict[str, Any]:
     facts = run_facts(command, config, result, read_versions(run)) or evaluation_facts(evaluation)
     is_evaluation = not config and not records and figures is not None
     if not is_evaluation:
+        if went_on(result, records) and "after" in evaluation:
+            missing.append(
+                f"The figures after training are of step {result['steps']}, where this run had stopped before."
+            )
         missing += _lacking(command, config, bool(records), samples is not None, figures is not None)
     return {
         "title": _title(run),

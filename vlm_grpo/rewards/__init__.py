@@ -13,7 +13,7 @@ from ..config import RewardSpec
 from ..errors import RewardError, nearest
 from .checked import check_finite, check_values, finite_reward, first_row, is_async, row_of
 from .failed import Failed
-from .resolve import BUILT_IN, named, resolve
+from .resolve import BUILT_IN, named, parameters_of, resolve
 
 __all__ = ["BUILT_IN", "Failed", "check_finite", "finite_reward", "introduce", "load_rewards", "row_of"]
 
@@ -37,8 +37,10 @@ def load_rewards(specs: Sequence[RewardSpec | str]) -> tuple[list[Callable[..., 
     specs = [RewardSpec(name=spec) if isinstance(spec, str) else spec for spec in specs]
     labels: list[str] = []
     for spec in specs:  # TRL keeps metrics and samples by name: two rewards of one name would overwrite each other
-        label = spec.name.rpartition(":")[2]
-        labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
+        label, number = spec.name.rpartition(":")[2], len(labels) + 1
+        while (distinct := label if label not in labels else f"{label}_{number}") in labels:
+            number += 1
+        labels.append(distinct)
     functions = [_wrapped(*resolve(spec), spec, label) for spec, label in zip(specs, labels, strict=True)]
     return functions, [spec.weight for spec in specs]
 
@@ -63,18 +65,25 @@ def _wrapped(
     function: Callable[..., Any], bound: dict[str, Any], spec: RewardSpec, label: str
 ) -> Callable[..., list[float | None]]:
     """Bind arguments and columns; name the reward in whatever it does wrong; scale and clip its values."""
+    own = parameters_of(function)
+
+    def arguments(columns: dict[str, Any], positional: tuple[Any, ...]) -> dict[str, Any]:
+        given = {**_columns(spec, columns), **bound}
+        if own is not None and not positional:
+            _refuse_misfit(own, given)
+        return given
 
     @functools.wraps(function)
     def reward(*args: Any, **columns: Any) -> list[Any]:
         with _naming(spec, columns):
-            call = functools.partial(function, *args, **{**_columns(spec, columns), **bound})
+            call = functools.partial(function, *args, **arguments(columns, args))
             values = call() if spec.timeout is None else _within(spec.timeout, call, columns)
         return _adjusted(check_values(values, spec.name, columns), spec)
 
     @functools.wraps(function)
     async def async_reward(*args: Any, **columns: Any) -> list[Any]:
         with _naming(spec, columns):
-            call = function(*args, **{**_columns(spec, columns), **bound})
+            call = function(*args, **arguments(columns, args))
             try:
                 values = await asyncio.wait_for(call, spec.timeout)
             except TimeoutError:
@@ -112,6 +121,26 @@ def _columns(spec: RewardSpec, columns: dict[str, Any]) -> dict[str, Any]:
             )
         renamed[argument] = columns[column]
     return renamed
+
+
+def _refuse_misfit(parameters: Sequence[inspect.Parameter], given: dict[str, Any]) -> None:
+    """A function that asks for a column which the rows lack, or cannot take all that they have."""
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    names = {one.name for one in named}
+    columns = [name for name, value in given.items() if isinstance(value, list) and name not in _NO_COLUMNS]
+    for one in named:
+        if one.default is one.empty and one.name not in given:
+            hint = nearest(one.name, columns)
+            raise RewardError(
+                f'it asks for the column "{one.name}", which the rows do not have.{hint} They have: '
+                f"{', '.join(columns) or 'none'}. Name the one that is meant: columns: {{{one.name}: COLUMN}}."
+            )
+    more = [name for name in given if name not in names]
+    if more and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        raise RewardError(
+            f"it is given {', '.join(more)} by name and does not take them. Add **columns to its arguments: every "
+            "reward is given all columns of the rows."
+        )
 
 
 def _within(seconds: float, call: Callable[[], Any], columns: dict[str, Any]) -> Any:

@@ -61,7 +61,8 @@ def accuracy(
     check_number("relative", relative, 0)
     check_number("seconds", seconds, 0, above=True)
     truths = column_values(columns, column)
-    options = row_options(choices_column, columns, len(truths))
+    can_choose = method in ("choice", "auto")
+    options = row_options(choices_column, columns, len(truths)) if can_choose else [None] * len(truths)
     values: list[float | None] = []
     for completion, truth, choices in zip(completions, truths, options, strict=True):
         given = said(completion_text(completion)).strip()

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from textwrap import shorten
 from typing import Any, SupportsFloat
@@ -42,12 +43,12 @@ def check_finite(values: Iterable[Any], name: str, columns: dict[str, Any]) -> l
     values = list(values)
     for number, value in enumerate(values):
         if isinstance(value, SupportsFloat) and not is_finite(value):
-            raise _not_finite(name, float(value), columns, number)
+            raise _not_finite(name, value, columns, number)
     return values
 
 
 def check_values(values: Any, name: str, columns: dict[str, Any]) -> list[Any]:
-    """The values of a reward as a list: as many as completions, each a finite number, None or Failed.
+    """The values of a reward as a list: as many as completions, each a finite float, None or Failed.
 
     Raises:
         RewardError: anything else, with the first completion that it concerns.
@@ -55,7 +56,8 @@ def check_values(values: Any, name: str, columns: dict[str, Any]) -> list[Any]:
     completions = columns.get("completions")
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, dict)):
         raise RewardError(
-            f'The reward "{name}" returned {values!r}. Return a list, one number per completion{first_row(columns)}.'
+            f'The reward "{name}" returned {reprlib.repr(values)}. Return a list, one number per completion'
+            f"{first_row(columns)}."
         )
     values = list(values)
     if completions is not None and len(values) != len(completions):
@@ -66,13 +68,13 @@ def check_values(values: Any, name: str, columns: dict[str, Any]) -> list[Any]:
     for number, value in enumerate(values):
         if value is not None and not isinstance(value, Failed) and not is_finite(value):
             raise _not_finite(name, value, columns, number)
-    return values
+    return [value if value is None or isinstance(value, Failed) else float(value) for value in values]
 
 
 def is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, OverflowError):  # the latter: a whole number beyond any float
         return False
 
 
@@ -98,5 +100,11 @@ def first_row(columns: dict[str, Any]) -> str:
 
 def _not_finite(name: str, value: Any, columns: dict[str, Any], number: int) -> RewardError:
     return RewardError(
-        f'The reward "{name}" returned {value!r}. Return a finite number, or None{row_of(columns, number)}.'
+        f'The reward "{name}" returned {_short(value)}. Return a finite number, or None{row_of(columns, number)}.'
     )
+
+
+def _short(value: Any) -> str:
+    """A number of numpy or torch as the number itself; anything else cut short."""
+    number = isinstance(value, SupportsFloat) and not isinstance(value, int)
+    return repr(float(value)) if number else reprlib.repr(value)

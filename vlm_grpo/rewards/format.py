@@ -1,5 +1,6 @@
 """Does the completion think first and answer then?"""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,12 @@ def _check_tags(tags: Any, strict: bool) -> None:
         or not all(tag.replace("-", "").replace("_", "").isalnum() for tag in tags)
         or len({*tags}) < len(tags)
     ):
-        raise RewardError(f'tags={tags!r} is not a list of different tag names. Write them as ["think", "answer"].')
+        raise RewardError(
+            f'tags={reprlib.repr(tags)} is not a list of different tag names. Write them as ["think", "answer"]; if it '
+            'is the column "tags" of the dataset, rename that.'
+        )
     if len(tags) < 1 or (len(tags) != 2 and not strict):
-        raise RewardError(f"tags={tags!r}: the graded form needs two tags. Name two, or set strict=true.")
+        raise RewardError(
+            f"tags={reprlib.repr(tags)}: the graded form needs two tags. Name two, or set strict=true; if it is the "
+            'column "tags" of the dataset, rename that.'
+        )

@@ -28,6 +28,7 @@ BUILT_IN: dict[str, str] = {
     "model": "model:ModelReward",
 }
 # What TRL gives every reward beside the columns of the rows.
+_LONGEST = 300  # characters of an exception's message: an assertion about a picture shows all of its bytes
 _TRLS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
 
@@ -40,7 +41,7 @@ def resolve(spec: RewardSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
     found = _find(spec.name)
     refuse_unknown_arguments(found, spec)
     if not inspect.isclass(found):
-        return found, spec.kwargs
+        return found, {**(_defaults(found) if spec.name in BUILT_IN else {}), **spec.kwargs}
     try:
         made = found(**spec.kwargs)
     except RewardError as error:
@@ -52,6 +53,19 @@ def resolve(spec: RewardSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
     if not callable(made):
         raise RewardError(f'The reward "{spec.name}" is a class without __call__. Give it one, or name a function.')
     return made, {}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The options as they are unless given: a column of the dataset may have the name of one, and is not that."""
+    return {one.name: one.default for one in parameters_of(function) or () if one.default is not one.empty}
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """Its parameters; None of a callable of C that does not tell."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -98,17 +112,16 @@ def _module(place: str, name: str) -> ModuleType:
 
 def refuse_unknown_arguments(function: Callable[..., Any], spec: RewardSpec) -> None:
     """A misspelt argument would vanish into a function's ``**columns`` without a word."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some callables of C have none
+    parameters = parameters_of(function)
+    if parameters is None:
         return
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if takes_any and (inspect.isclass(function) or spec.name not in BUILT_IN):
         return
     known = [
-        name
-        for name, parameter in parameters.items()
-        if name not in _TRLS and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in _TRLS and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     for key in spec.kwargs:
         if key not in known:
@@ -119,5 +132,7 @@ def refuse_unknown_arguments(function: Callable[..., Any], spec: RewardSpec) -> 
 
 
 def named(error: Exception) -> str:
-    """``KeyError: 'x'``: an exception in one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    """``KeyError: 'x'``: an exception in one line of at most 300 characters."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    line = lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][:_LONGEST]}..."
+    return f"{type(error).__name__}: {line}"

@@ -181,7 +181,7 @@ def trial_of(config: RunConfig, limit: int, column: str = "answer", seed: int = 
     options = config.data
     table = load_data(options.train or "", options.split, limit, check_files=False, **options.reading())
     table, pictures = undecoded(table)
-    rows = [decoded(dict(row), pictures) for row in table]
+    rows = [decoded(dict(row), pictures, f"{options.train} row {number}") for number, row in enumerate(table, 1)]
     processor = _processor(config, rewards)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("calling rewards", total=len(KINDS) * len(rewards))

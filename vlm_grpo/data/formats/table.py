@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
+_TURNS = ("conversations", "messages")
 _CHUNK = 1000  # rows that are in memory as Python objects at a time
 
 
@@ -115,7 +116,7 @@ def _written(dataset: "Dataset", where: str, options: dict[str, Any]) -> "tuple[
     texts = [name for name in dataset.column_names if name in READ]
     unread = {name: True for name in dataset.column_names if name not in READ}
     counts = _media_counts(dataset)
-    tables, used, wrote, number = [], set(), set(), 0
+    tables, used, needed, wrote, number = [], set(), set(), set(), 0
     for chunk in dataset.select_columns(texts).iter(batch_size=_CHUNK):
         columns: list[dict[str, Any]] = []
         for values in zip(*(chunk[name] for name in texts), strict=True):  # type: ignore[index]
@@ -128,12 +129,14 @@ def _written(dataset: "Dataset", where: str, options: dict[str, Any]) -> "tuple[
             own = {name: row[name] for name in ("prompt", "answer", "completion") if row.get(name) is not None}
             columns.append({**read.columns, **{name: value for name, value in own.items() if name not in read.columns}})
             used.update(read.used)
+            # A column that only some rows are done with, as LLaVA-RLHF's longer conversations are not, stays.
+            needed.update(name for name in _TURNS if row.get(name) is not None and name not in read.used)
             wrote.update(read.columns)
         keys = dict.fromkeys(key for row in columns for key in row)
         tables.append(_arrow([{key: row.get(key) for key in keys} for row in columns], where))
     try:
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-        return table.select([name for name in table.column_names if name in wrote]), used
+        return table.select([name for name in table.column_names if name in wrote]), used - needed
     except pa.ArrowException as error:
         raise _mixed(where, error) from error
 
@@ -229,9 +232,7 @@ def _stream(dataset: "IterableDataset", where: str, options: dict[str, Any]) -> 
         return dataset
     check_columns(options["columns"], names, where or "the dataset")
     # A mapped stream keeps the columns of the row that it is not told to drop.
-    gone = [
-        name for name in names if name in ("conversations", "messages") or name in (options["columns"] or {}).values()
-    ]
+    gone = [name for name in names if name in _TURNS or name in (options["columns"] or {}).values()]
     return dataset.map(partial(_whole, where, options), with_indices=True, remove_columns=gone)
 
 

@@ -60,7 +60,9 @@ class MediaReader:
 
     def __init__(self, options: ApiOptions, prompts: list[Any] | None, columns: dict[str, Any]) -> None:
         self.options, self.prompts = options, prompts
-        self.columns = {name: columns[name] for name in MEDIA_COLUMNS if columns.get(name) is not None}
+        # As lists: a column of ``datasets`` makes its values anew each time, so that one could have the identity of
+        # another that is gone.
+        self.columns = {name: list(columns[name]) for name in MEDIA_COLUMNS if columns.get(name) is not None}
         self._read: dict[tuple[int, ...], asyncio.Task[list[Sent]]] = {}
 
     async def of(self, row: int) -> list[Sent]:
