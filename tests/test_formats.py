@@ -636,3 +636,10 @@ def test_turns_that_are_in_no_prompt_stay_where_some_rows_have_none():
     for form in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
         read = list(as_canonical(form))
         assert read[1]["conversations"] == longer and [row["answer"] for row in read] == ["Yes.", "Yes."]
+
+
+def test_a_folder_of_files_that_are_no_rows_is_one_sentence(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "b.csv").write_text("one\ntwo\n")
+    with pytest.raises(DataFormatError, match="do not form one table|fits no format"):
+        load_data(str(tmp_path))

@@ -118,6 +118,7 @@ def open_table(name_or_path: str | Path, split: str, streaming: bool = False) ->
         DataFormatError: it is not there, has no such split, or cannot be read.
     """
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name_or_path).expanduser()
     if path.suffix in _TABLES and not path.is_dir():
@@ -136,6 +137,11 @@ def open_table(name_or_path: str | Path, split: str, streaming: bool = False) ->
             f'The dataset "{name_or_path}" (split "{split}") cannot be loaded: no such file, folder or reachable name '
             f"({first_line(error)}). Correct the name, or the connection."
         ) from error
+    except DatasetGenerationError as error:
+        raise DataFormatError(
+            f'The files of "{name_or_path}" do not form one table ({_cause(error)}). Name one of them, or take out '
+            "what are no rows."
+        ) from error
 
 
 def _read_table(path: Path, streaming: bool) -> "Dataset | IterableDataset":
@@ -153,8 +159,14 @@ def _read_table(path: Path, streaming: bool) -> "Dataset | IterableDataset":
         own = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
         return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **own)
     except (ValueError, OSError, DatasetGenerationError) as error:
-        reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-        raise DataFormatError(f"{path} cannot be read as {path.suffix[1:]} ({reason}). Write it anew.") from error
+        raise DataFormatError(
+            f"{path} cannot be read as {path.suffix[1:]} ({_cause(error)}). Write it anew."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """What a library wraps in an error of its own says more than that."""
+    return first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
 
 
 def first_line(error: Exception) -> str:

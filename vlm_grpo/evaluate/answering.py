@@ -63,8 +63,9 @@ def drawn_tokens(
     Returns:
         of each prompt, the tokens of its completions.
     """
-    # A published model's own top_k of 1 would undo every temperature.
+    # A published model's own top_k of 1 would undo every temperature; penalties are not the model's distribution.
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    options |= {"min_p": None, "repetition_penalty": 1.0}
     repeated = [encoding for encoding in encodings for _ in range(samples)]
     device = next(model.parameters()).device
     flat: list[list[int]] = []
