@@ -342,9 +342,13 @@ def test_a_run_answers_as_it_was_trained(plain: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(chats, "Conversation", lambda *a, **k: kinds.append(k) or Conversation(*a, **k))
     (tmp_path / "checkpoint-5").mkdir()
     for run in (tmp_path, tmp_path / "checkpoint-5"):
+        (run / "adapter_config.json").write_text("{}")
         chats.chat(str(run), [], "what color is this", 2)
     assert seen == [{"load_in_4bit": True, "dtype": "auto", "backend": "hf"}] * 2
     assert [options["template"] for options in kinds] == [{"a": 1}] * 2
+    (tmp_path / "adapter_config.json").unlink()
+    chats.chat(str(tmp_path), [], "what color is this", 2)
+    assert seen[-1] == {"load_in_4bit": False, "dtype": "float32", "backend": "hf"}, "weights that were trained whole"
 
 
 # ---- on a terminal ---------------------------------------------------------------------------------------------------

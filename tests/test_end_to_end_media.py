@@ -91,6 +91,7 @@ def test_video_sound_and_text_killed_and_continued(workplace: Path):  # covers O
     assert seen == {".mp4", ".wav"}
 
 
+@pytest.mark.slow
 def test_shared_groups_with_videos_killed_and_continued_between_two_uses(workplace: Path):  # covers O1 Q10
     """Sharing demanded, media encoded once, a rollout used twice and taken up again in the middle."""
     options = (

@@ -297,7 +297,7 @@ class _Run:
             trainer.save_model(str(folder))
             if self.held_out is not None:
                 self.held_out.after(trainer, folder, evaluations)
-            if is_main_process():
+            if is_main_process() and not _is_drawn(folder):
                 draw_curves(folder / METRICS, folder / CURVES)
         last = next((dict(logs) for logs in reversed(trainer.state.log_history) if "loss" in logs), {})
         left_out = {**self.rows.left_out, **trainer.intake.left_out}
@@ -343,6 +343,12 @@ def _check_trackers(names: Any) -> None:
                 f'train.report_to: "{name}" is not installed or not known here (installed: '
                 f"{', '.join(available) or 'none'}). Install it, or leave it out."
             )
+
+
+def _is_drawn(folder: Path) -> bool:
+    """Whether the curves are newer than the figures, as after training; not where there was nothing left to train."""
+    curves, metrics = folder / CURVES, folder / METRICS
+    return curves.is_file() and metrics.is_file() and curves.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
 
 
 def _is_last(checkpoint: Path) -> bool:
