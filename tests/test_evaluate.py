@@ -281,4 +281,4 @@ def test_without_its_media_a_row_is_its_text(built):
     expected = evaluate(model, processor, bare, max_new_tokens=5).answers
     assert evaluate(model, processor, rows(), control="text", max_new_tokens=5).answers == expected
     with pytest.raises(ConfigError, match='"blanc" is not known. Did you mean "blank"'):
-        evaluate(model, processor, rows(), control="blanc")  # type: ignore[arg-type]
+        evaluate(model, processor, rows(), control="blanc")

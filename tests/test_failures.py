@@ -9,6 +9,7 @@ import pytest
 import recorder
 import torch
 from datasets import Dataset
+from test_rewards import one
 from test_trainer import VLMGRPOTrainer, logged, rows, tiny
 from test_trainer import train as train_with
 
@@ -175,10 +176,6 @@ def own(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "own.py"
     path.write_text(OWN)
     return path
-
-
-def one(name, **spec):
-    return load_rewards([RewardSpec(name=str(name), **spec)])[0][0]
 
 
 def test_scale_shift_clip_and_columns(own):

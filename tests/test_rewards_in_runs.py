@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 from test_end_to_end import called, jsonl, started
-from test_rewards_model import judge, words  # noqa: F401  fixtures
+from test_rewards_model import saved_judge
 
 from vlm_grpo import load_rewards
 from vlm_grpo.config import MediaOptions, load_config
@@ -90,13 +90,13 @@ def config(folder: Path, shared: Path, rewards: list[dict[str, Any]], **data: An
     (folder / "run.yaml").write_text(yaml.safe_dump(text))
 
 
-def test_every_built_in_reward_in_one_run(workplace: Path, shared: Path, request: pytest.FixtureRequest):
+def test_every_built_in_reward_in_one_run(workplace: Path, shared: Path):
     # covers A4, A5, A6, A8, O3, Q5
     serving = [{"name": "accuracy"}, {"name": "repetition", "kwargs": {"unit": "characters", "ngram": 1}}]
     (workplace / "served.yaml").write_text(yaml.safe_dump({"rewards": serving}))
     server = started(workplace, "reward", "serve", "served.yaml", "--port", "0")
     try:
-        model = request.getfixturevalue("judge")
+        model = saved_judge(workplace / "judge")
         url = re.search(r"http://\S+", server.stdout.readline())[0]
         api = {"url": url, "send_columns": ["completion", "answer"], "cache": "scores.sqlite"}
         rewards = [*REWARDS, {"name": "model", "kwargs": {"model": model}}, {"name": "api", "kwargs": api}]

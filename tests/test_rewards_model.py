@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import recorder
@@ -30,17 +31,16 @@ def shape(words, **options) -> LlamaConfig:
     return LlamaConfig(vocab_size=len(words), pad_token_id=tiny.PAD, **sizes, **options)
 
 
-@pytest.fixture(scope="module")
-def words():
+def tokenizer_with_template():
     _, processor = tiny.build("qwen2_5_vl")
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = processor.chat_template
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory, words) -> str:
-    path = tmp_path_factory.mktemp("models") / "judge"
+def saved_judge(path: Path) -> str:
+    """A reward model and its tokenizer, written there."""
+    words = tokenizer_with_template()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(shape(words, num_labels=1))
@@ -48,6 +48,16 @@ def judge(tmp_path_factory, words) -> str:
     model.save_pretrained(path)
     words.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer_with_template()
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> str:
+    return saved_judge(tmp_path_factory.mktemp("models") / "judge")
 
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("count the cat", "read", "a red square and a blue square")]

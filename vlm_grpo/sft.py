@@ -24,10 +24,11 @@ from .models.modes import pinned_forward
 from .numbers import FiniteNumbers, NumbersCheck
 from .patches.trl import LOG_PROBS, add_fused_head
 from .precision import float32_adapters, leave_float16
+from .ranges import check_ranges
 from .rates import PartRates
 from .rewards.text import completion_text, written
 from .rows import candidates, readable
-from .trainer_config import RateOptions, check_ranges, resolve_precision
+from .trainer_config import RateOptions, resolve_precision
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 import dataclasses
 import enum
-import math
 import os
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from .config import RunConfig
 from .errors import ConfigError, UnsupportedError, nearest
 from .patches.trl import own_grpo_config
+from .ranges import check_ranges
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -262,33 +261,6 @@ def _check_choices(config: Any) -> None:
 def _no_choice(name: str, value: Any, choices: list[str]) -> str:
     hint = nearest(str(value), choices) or f" Known: {', '.join(choices)}."
     return f'{name}="{value}" is none of its {len(choices)} values.{hint}'
-
-
-_TINY = sys.float_info.min
-# The least and the most that works. Torch and transformers look at these in the first step, or never.
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    **dict.fromkeys(("gradient_accumulation_steps", "num_iterations", "max_completion_length"), (1, math.inf)),
-    **dict.fromkeys(("steps_per_generation", "generation_batch_size", "max_prompt_length"), (1, math.inf)),
-    **dict.fromkeys(("vision_learning_rate", "audio_learning_rate", "projector_learning_rate"), (0, math.inf)),
-    **dict.fromkeys(("learning_rate", "max_grad_norm", "beta", "epsilon", "top_k"), (0, math.inf)),
-    **dict.fromkeys(("top_entropy_quantile", "min_p", "max_reward_failures"), (0, 1)),
-    "temperature": (_TINY, math.inf),
-    "top_p": (_TINY, 1),
-    "seed": (0, 2**32 - 1),
-    "dataloader_num_workers": (0, math.inf),
-    "resample_dead_groups": (0, math.inf),
-}
-
-
-def check_ranges(config: Any) -> None:
-    """Refuse a number that cannot work, before a model is loaded."""
-    for name, (low, high) in _RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            least = "more than 0" if low == _TINY else f"{low} or more"
-            most = "" if high == math.inf else f", at most {high}"
-            raise ConfigError(f"{name}={value}: needs {least}{most}. Correct the value.")
 
 
 def _check_groups(config: Any) -> None:

@@ -106,7 +106,8 @@ class Hints:
                 )
 
     def _look_for_tags(self, sample: Sample) -> None:
-        texts = "".join(part["text"] for part in all_parts(list(sample.prompt)) if part["type"] == "text")  # type: ignore[arg-type]
+        messages: Any = sample.prompt
+        texts = "".join(part["text"] for part in all_parts(messages) if part["type"] == "text")
         for kind in KINDS:
             tags = texts.count(f"<{kind}>")
             if tags and tags == sum(medium.kind == kind for medium in sample.media):

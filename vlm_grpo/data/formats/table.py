@@ -117,9 +117,10 @@ def _written(dataset: "Dataset", where: str, options: dict[str, Any]) -> "tuple[
     unread = {name: True for name in dataset.column_names if name not in READ}
     counts = _media_counts(dataset)
     tables, used, needed, wrote, number = [], set(), set(), set(), 0
-    for chunk in dataset.select_columns(texts).iter(batch_size=_CHUNK):
+    chunks: Any = dataset.select_columns(texts).iter(batch_size=_CHUNK)
+    for chunk in chunks:
         columns: list[dict[str, Any]] = []
-        for values in zip(*(chunk[name] for name in texts), strict=True):  # type: ignore[index]
+        for values in zip(*(chunk[name] for name in texts), strict=True):
             row = dict(zip(texts, values, strict=True))
             media: dict[Kind, int | None] = {kind: next(counts[kind]) for kind in KINDS}
             number += 1
@@ -166,8 +167,9 @@ def _media_counts(dataset: "Dataset") -> dict[Kind, Iterator[int | None]]:
         if not names:
             yield from (0 for _ in range(len(dataset)))
             return
-        for chunk in dataset.select_columns(names).with_format("arrow").iter(batch_size=_CHUNK):
-            columns = [_lengths(chunk[name], name) for name in names]  # type: ignore[index]
+        chunks: Any = dataset.select_columns(names).with_format("arrow").iter(batch_size=_CHUNK)
+        for chunk in chunks:
+            columns = [_lengths(chunk[name], name) for name in names]
             for lengths in zip(*columns, strict=True):
                 yield None if None in lengths else sum(length or 0 for length in lengths)
 
