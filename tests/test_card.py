@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from vlm_grpo import RunConfig, run
-from vlm_grpo.card import CARD, held_out, write_run_card
+from vlm_grpo.card import CARD, held_out, rewards_line, write_run_card
 
 
 def folder_of(path, **files):
@@ -107,6 +107,70 @@ def test_figures_of_an_older_run_have_no_rewards_and_no_change():
     assert (
         held_out({"after": nothing, "change": change})[1].splitlines()[-1] == "| after training | no verdicts |  | 3 |"
     )
+
+
+JUDGED = {"margin": 1.25, "mean_reward": -0.5, "length_correlation": 0.75, "longer_wins": 0.4, "rows": 40}
+
+
+# covers L3 O9
+def test_the_card_of_a_reward_model_says_what_it_judges_and_how_it_is_asked(tmp_path):
+    held_out_pairs = {
+        "before": {"accuracy": 0.5, "ci95": [0.35, 0.65], **JUDGED, "length_correlation": None},
+        "after": {"accuracy": 0.95, "ci95": [0.84, 0.99], **JUDGED},
+        "control": {"accuracy": 0.5, "ci95": [0.35, 0.65], "kind": "blank", **JUDGED},
+        "change": {"difference": 0.45, "ci95": [0.3, 0.6], "p": 1e-4, "rows": 40},
+    }
+    about = {"version": 1, "base_model": str(tmp_path / "base"), "stem": "Score:", "captions": True}
+    result = {"steps": 30, "seconds": 255.6, "stopped": None}
+    files = {"result__json": result, "evaluation__json": held_out_pairs, "reward_model__json": about}
+    folder = folder_of(tmp_path / "bird-judge", adapter_config__json={}, **files)
+    (folder / "judge_prompt.jinja").write_text(
+        "Judge it.\n```\n{% for caption in captions %}- {{ caption }}{% endfor %}\n"
+    )
+    write_run_card(folder, config(tmp_path, rewards=[]), "reward-train", 900, 40)
+    card = (folder / CARD).read_text()
+    assert "tags:\n- vlm-grpo\n- reward-model\n- lora\n---" in card
+    for expected in (
+        "# bird-judge, from Qwen/Qwen2.5-VL-3B-Instruct",
+        "Trained by pairwise reward modelling",
+        "the judge prompt below, with captions of the media, which a policy never sees, and gives one number",
+        "- training: train.jsonl (900 pairs)",
+        "- held out: held-out.jsonl (40 pairs)",
+        "| before training | 50.0% | 35.0% to 65.0% | 40 | 1.25 | -0.5 |  |",
+        "| after training | 95.0% | 84.0% to 99.0% | 40 | 1.25 | -0.5 | 0.75 |",
+        "| after training, media blanked | 50.0% | 35.0% to 65.0% | 40 |",
+        "Change by training: +45.0 points (95% interval +30.0 to +60.0, p = 0.0001, 40 pairs).",
+        "- It looks at the media: 50.0% (35.0–65.0%) right with the media blanked",
+        "- It likes long responses: score and length correlate by +0.75. In these pairs the longer response is the "
+        "chosen one in 40%.",
+        "\n````jinja\nJudge it.\n```\n{% for caption in captions %}- {{ caption }}{% endfor %}\n````\n",
+        "The judge's turn begins with: `Score:`",
+        "rewards: [{model: bird-judge}]",
+        'judge = JudgeReward("bird-judge")',
+        "an adapter and a head over Qwen/Qwen2.5-VL-3B-Instruct",
+    ):
+        assert expected in card, expected
+    assert "load_model" not in card and "## Rewards" not in card and str(tmp_path) not in card and "licen" not in card
+
+
+def test_the_card_of_a_reward_model_without_held_out_pairs_or_captions_claims_neither(tmp_path):
+    folder = folder_of(tmp_path / "bird-judge", reward_model__json={"captions": False})
+    write_run_card(folder, config(tmp_path, rewards=[]), "reward-train", None, 0)
+    card = (folder / CARD).read_text()
+    assert "captions" not in card and "Held-out" not in card and "## Judge prompt" not in card
+    assert "train.jsonl (a stream)" in card
+
+
+def test_a_judge_is_named_and_what_has_weight_0_is_no_reward(tmp_path):
+    asked = {"name": "model", "kwargs": {"model": str(tmp_path / "bird-judge")}}
+    setup = config(tmp_path, rewards=[asked, {"name": "accuracy", "weight": 0.0}])
+    scores = {"accuracy": 0.5, "ci95": [0.4, 0.6], "rows": 9, "rewards": {"model": 1.5, "accuracy": 0.5}}
+    folder = folder_of(tmp_path / "birds", evaluation__json={"after": scores})
+    write_run_card(folder, setup, "train", 12, 9)
+    card = (folder / CARD).read_text()
+    assert "| model (bird-judge) | 1 |" in card and "| accuracy | 0 (only watched) |" in card
+    assert "| rows | reward model | watched accuracy |" in card and str(tmp_path) not in card
+    assert rewards_line(setup) == "- rewards: model (bird-judge) x 1; only watched: accuracy"
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ from vlm_grpo import demo, load_data, load_model, run
 from vlm_grpo.cli import app
 from vlm_grpo.config import resolved
 from vlm_grpo.data import to_sample
-from vlm_grpo.demo import RECIPES, digits, espeak, motion, speech
+from vlm_grpo.data.pairs import as_pairs
+from vlm_grpo.demo import RECIPES, digits, espeak, judging, motion, preferences, speech
 from vlm_grpo.demo.speech import Utterance
 from vlm_grpo.encode import encode
 from vlm_grpo.errors import ConfigError
@@ -36,6 +37,14 @@ FILES = ("labels", "train", "held-out")
 KEYS = {
     *("modality", "algorithm", "seed", "accuracy_before", "ci95_before", "accuracy_after", "ci95_after"),
     *("accuracy_sft_only", "accuracy_control", "reward_first", "reward_last", "steps", "seconds", "run_dir"),
+}
+JUDGE_KEYS = {
+    *("score_before", "score_after", "reward_model_seconds", "reward_model_dir"),
+    *(
+        f"reward_model_{name}{end}"
+        for name in ("pair_accuracy", "pair_ci95", "blanked_accuracy", "blanked_ci95")
+        for end in ("", "_with_captions")
+    ),
 }
 ANSWERS = {"image": digits.DIGITS, "video": tuple(motion.DIRECTIONS), "audio": digits.DIGITS}
 
@@ -177,6 +186,97 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
         motion.write_mp4(tmp_path / f"{name}.mp4", frames, motion.FPS)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judged")
+    preferences.write_preferences(folder, 0)
+    return folder
+
+
+def pairs_of(folder: Path, name: str) -> list[tuple[str, str, str]]:
+    """(picture, chosen, rejected) of each row, by the labels in the file."""
+    out = []
+    for line in (folder / name).open():
+        row = json.loads(line)
+        outputs = [row[f"output_{number}"]["value"] for number in (1, 2)]
+        out.append((Path(row["image"]).name, outputs[row["preference"] - 1], outputs[2 - row["preference"]]))
+    return out
+
+
+# covers L1
+def test_pairs_are_read_as_a_users_and_the_chosen_word_is_scikit_learns(judged: Path):
+    target: Any = load_digits().target
+    data = as_pairs(load_data(str(judged / preferences.HELD_OUT_PAIRS)))
+    assert len(data) == 450
+    written = pairs_of(judged, preferences.HELD_OUT_PAIRS)
+    assert [(row["chosen"], row["rejected"]) for row in data] == [pair[1:] for pair in written]
+    for picture, chosen, rejected in written + pairs_of(judged, preferences.PAIRS):
+        assert chosen == digits.DIGITS[target[int(picture[:4])]] != rejected
+    sample = to_sample(data[0])
+    assert [part["type"] for part in sample.prompt[0]["content"]] == ["image", "text"]  # type: ignore[index]
+
+
+def test_without_the_picture_no_word_is_better_than_another(judged: Path):
+    held_out = pairs_of(judged, preferences.HELD_OUT_PAIRS)
+    trained = [pair for pair in pairs_of(judged, preferences.PAIRS) if pair[2] in digits.DIGITS]
+    for pairs in (held_out, trained):
+        counts = Counter((chosen, rejected) for _, chosen, rejected in pairs)
+        assert len(counts) == 90, "every word against every other"
+        assert all(counts[chosen, rejected] == counts[rejected, chosen] for chosen, rejected in counts)
+    firsts = Counter(json.loads(line)["preference"] for line in (judged / preferences.PAIRS).open())
+    assert 0.47 < firsts[1] / firsts.total() < 0.53
+
+
+def test_who_is_judged_is_neither_asked_by_grpo_nor_held_out(judged: Path):
+    seen = {picture for picture, *_ in pairs_of(judged, preferences.PAIRS)}
+    rows = rows_of(judged, ("labels", "prompts", "held-out"))
+    others = {name: {Path(row["image"]).name for row in part} for name, part in rows.items()}
+    assert len(seen) == preferences.JUDGED and [len(part) for part in others.values()] == [100, 499, 450]
+    assert not any(seen & part for part in others.values()) and not others["prompts"] & others["labels"]
+    assert {picture for picture, *_ in pairs_of(judged, preferences.HELD_OUT_PAIRS)} == others["held-out"]
+    captions = json.loads((judged / preferences.CAPTIONS).read_text())
+    for picture, chosen, _ in pairs_of(judged, preferences.HELD_OUT_PAIRS):
+        assert captions[picture] == [f"this is a {chosen}"]
+
+
+def test_a_muddled_answer_is_never_one_digit():
+    random = np.random.RandomState(0)
+    drawn = {preferences.muddled("six", random) for _ in range(2000)}
+    assert {"six six", "six nine", "nine six", "right", "? six"} <= drawn
+    assert not drawn & set(digits.DIGITS)
+
+
+def test_partners_never_share_an_answer_even_where_one_is_common():
+    answers = np.array([0] * 49 + list(range(1, 10)) * 6)
+    met = preferences.partners(np.arange(103), answers, np.random.RandomState(0))
+    assert len(met) == 102 and len({row for row, _ in met}) == 102
+    assert all(answers[one] != answers[other] and (other, one) in met for one, other in met)
+
+
+def test_the_judges_words_change_nothing_of_the_other_demos_models(tmp_path: Path, models: Path):
+    recipe = judging.judged(RECIPES["image"])
+    recipe.save_model(tmp_path, 0)
+    plain, judges = (load_model(folder)[1].tokenizer.get_vocab() for folder in (models / "image", tmp_path))
+    assert {word for word in judges if word not in plain} == set(preferences.WORDS)
+    assert {word: judges[word] for word in plain} == plain
+    request = preferences.REQUEST.split("%}")[-1].split()
+    assert {*request, *preferences.STEM.split(), "this", "is", "a", "seven"} <= set(judges)
+
+
+def test_the_runs_of_the_reward_model_share_the_policys_base(tmp_path: Path):
+    recipe = RECIPES["image"]
+    plain, captioned = (judging.reward_config(recipe, tmp_path, 3, captions=which) for which in (False, True))
+    rewards = [{"model": plain.output}, "accuracy=0"]
+    grpo = demo.grpo_config(recipe, tmp_path, 3, False, rewards, preferences.PROMPTS)
+    assert plain.model == captioned.model == grpo.model and plain.train["seed"] == 3
+    assert plain.judge and captioned.judge and plain.judge.captions is None and captioned.judge.captions
+    assert [(spec.name, spec.weight) for spec in grpo.rewards] == [("model", 1.0), ("accuracy", 0.0)]
+    assert not plain.rewards and str(grpo.data.train).endswith(preferences.PROMPTS)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -442,6 +542,53 @@ def test_the_demo_from_end_to_end(shrunk: Path, modality: str):
 
 
 @pytest.mark.slow
+def test_the_reward_models_demo_from_end_to_end(shrunk: Path, judged: Path, monkeypatch: pytest.MonkeyPatch):
+    def write(folder: Path, seed: int) -> None:
+        shutil.copytree(judged, folder, dirs_exist_ok=True)
+        for name, count in (("held-out", 70), ("prompts", 60), ("pairs", 80), ("held-out-pairs", 40)):
+            lines = (folder / f"{name}.jsonl").read_text().splitlines()[:count]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    monkeypatch.setattr(judging, "write_preferences", write)
+    monkeypatch.setattr(judging, "REWARD", {**judging.REWARD, "max_steps": 2, "per_device_train_batch_size": 4})
+    arguments = ["demo", "--json", "--seed", "5", "--algorithm", "reward-model"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    *above, last = result.stdout.strip().splitlines()
+    assert above == []
+    figures = json.loads(last)
+    assert set(figures) == KEYS | JUDGE_KEYS
+    assert (figures["modality"], figures["algorithm"], figures["seed"], figures["steps"]) == (
+        "image",
+        "reward-model",
+        5,
+        3,
+    )
+    assert figures["reward_model_blanked_accuracy"] == 0.5, "twos of rows, whatever the judge"
+    assert round(40 * figures["reward_model_pair_accuracy"], 6) % 0.5 == 0
+    folder = shrunk / "runs" / "demo-reward-model-5"
+    assert Path(figures["run_dir"]).resolve() == folder / "grpo" and (folder / "grpo" / "held-out.png").is_file()
+    metrics = [json.loads(line) for line in (folder / "grpo" / "metrics.jsonl").open()]
+    for record in metrics:  # the score alone is the reward; the truth is measured
+        (score,) = [record[k] for k in record if k.startswith("rewards/reward-model") and k.endswith("/mean")]
+        assert record["reward"] == pytest.approx(score) and "rewards/accuracy/mean" in record
+    shown = set(re.findall(r"(\d+\.\d)%", result.stderr))
+    assert {f"{100 * figures[k]:.1f}" for k in figures if "accuracy" in k} <= shown
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0 and again.stdout.strip() == last, "nothing is trained twice"
+
+
+@pytest.mark.slow
+def test_the_reward_models_demo_for_real(tmp_path: Path):
+    figures = demo.demo(algorithm="reward-model", output=str(tmp_path))
+    assert figures["reward_model_pair_accuracy"] >= 0.95, figures
+    assert figures["reward_model_pair_accuracy_with_captions"] >= 0.95, figures
+    assert 0.45 <= figures["reward_model_blanked_accuracy"] <= 0.55, figures
+    assert figures["accuracy_after"] >= figures["accuracy_before"] + 0.1, figures
+    assert figures["score_after"] > figures["score_before"], figures
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modality", "bar", "chance"), [("image", 0.9, 0.1), ("video", 0.9, 0.25), ("audio", 0.8, 0.1)]
 )
@@ -459,6 +606,12 @@ def test_what_the_demo_does_not_have_is_refused(tmp_path: Path):
     assert result.exit_code == 2 and "smell" in result.output and "image" in result.output
     with pytest.raises(ConfigError, match='there is no modality "smell". Use image, video, audio'):
         demo.demo(modality="smell", output=str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match='there is no algorithm "sarsa". Use grpo, reward-model'):
+        demo.demo(algorithm="sarsa", output=str(tmp_path / "x"))
+    result = CliRunner().invoke(app, ["demo", "--modality", "audio", "--algorithm", "reward-model"])
+    assert result.exit_code == 2 and "reward-model is shown with image, not with audio" in " ".join(
+        result.output.split()
+    )
     assert not (tmp_path / "x").exists()
 
 

@@ -542,6 +542,7 @@ def test_tables_streams_and_rows_agree():
         assert without_none(next(iter(as_canonical(table_.to_iterable_dataset())))) == row
     # Each row on its own, though the columns of all are there.
     several = [row for row in examples if "prompt" not in row and "caption_type" not in row]
+    several = [row for row in several if not isinstance(row.get("chosen"), list)]  # texts stand in that column already
     everything = dict.fromkeys(name for row in several for name in row)
     mixture = Dataset.from_list([{**everything, **row} for row in several])
     for read, row in zip(as_canonical(mixture), several, strict=True):

@@ -27,7 +27,8 @@ from vlm_grpo.group.idle import zero_gradients
 from vlm_grpo.group.layout import Layout, Packed
 from vlm_grpo.group.reasons import Unshareable, reason_against
 from vlm_grpo.group.rollout import generate, generation_reason, positions
-from vlm_grpo.group.sharing import _gap, groups_of, plain_model
+from vlm_grpo.group.comparing import compare, gap
+from vlm_grpo.group.sharing import groups_of, plain_model
 from vlm_grpo.models.families import family_of, placeholder_ids
 from vlm_grpo.patches.transformers import answered_by
 from vlm_grpo.patches.trl import LOG_PROBS, add_fused_head
@@ -612,15 +613,14 @@ def test_what_does_not_count_and_equal_infinities_are_no_difference(low):
     shared = [logits.clone() for logits in plain]
     shared[2][1] = torch.nan
     one, other = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[1, 2, 3], [1, 4, 3]])
-    sharing = sharing_of(tiny.build("qwen2_5_vl")[0])
 
-    def compare(sequences: Tensor) -> None:
+    def compared(sequences: Tensor) -> None:
         outputs = [SimpleNamespace(logits=x, sequences=y) for x, y in ((shared, sequences), (plain, one))]
-        sharing._compare("logits", *_gap(*outputs, low), low, torch.stack(plain))
+        compare("logits", *gap(*outputs, low), low, torch.stack(plain))
 
-    compare(other)
+    compared(other)
     with pytest.raises(Unshareable, match="differ by nan"):
-        compare(one)
+        compared(one)
 
 
 def zeros(own: Any, few: list[int]) -> Tensor:
@@ -629,7 +629,7 @@ def zeros(own: Any, few: list[int]) -> Tensor:
 
 def unchecked(model: Any) -> GroupSharing:
     sharing = sharing_of(model)
-    sharing._compare = lambda *_: None
+    sharing._check = lambda *_: None
     return sharing
 
 

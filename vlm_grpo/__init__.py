@@ -13,6 +13,8 @@ _HOMES = {
     "VLMGRPOConfig": "trainer_config",
     "VLMSFTTrainer": "sft",
     "VLMSFTConfig": "sft",
+    "VLMRewardTrainer": "reward_model",
+    "VLMRewardConfig": "reward_model",
     "LoraOptions": "config",
     "MediaOptions": "config",
     "RunConfig": "config",
@@ -20,6 +22,7 @@ _HOMES = {
     "load_data": "data",
     "scan_media": "data.scan",
     "load_rewards": "rewards",
+    "JudgeReward": "rewards.judge",
     "export_run": "export",
     "evaluate_run": "evaluating",
     "apply_unsloth_patch": "patches.unsloth",
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from .patches.unsloth import apply_unsloth_patch as apply_unsloth_patch
     from .patches.unsloth import undo_unsloth_patch as undo_unsloth_patch
     from .patches.unsloth import unsloth_patch as unsloth_patch
+    from .reward_model import VLMRewardConfig as VLMRewardConfig
+    from .reward_model import VLMRewardTrainer as VLMRewardTrainer
     from .rewards import load_rewards as load_rewards
+    from .rewards.judge import JudgeReward as JudgeReward
     from .sft import VLMSFTConfig as VLMSFTConfig
     from .sft import VLMSFTTrainer as VLMSFTTrainer
     from .trainer import VLMGRPOTrainer as VLMGRPOTrainer

@@ -11,7 +11,7 @@ from .errors import ConfigError, MediaError
 from .folder import CONFIG
 from .media import KINDS, Kind, Medium
 from .media.check import check_medium
-from .models import load_model
+from .models import load_model, refuse_reward_model
 from .terminal import Terminal
 from .trained import as_trained, config_of, template_of
 
@@ -58,6 +58,7 @@ def chat(
         OverlongError: the prompt has more tokens than the model has positions.
         ConfigError: no such run, or nothing to compare it with.
     """
+    refuse_reward_model(run, "chat")
     config = config_of(run)
     media = config.media if config is not None else MediaOptions()
     given: dict[Kind, list[str]] = {

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from .errors import CheckpointError
+from .models.heads import HEADS, heads_of, load_head, save_heads
+from .models.restoring import own_folder, restore_adapters
 from .patches.transformers import own_trainer
 from .patches.unsloth_modes import at_step_boundary
 
@@ -25,6 +25,7 @@ else:
     OwnTrainer = own_trainer(before_step=at_step_boundary)
 
 MANIFEST = "manifest.json"
+_HEADS = f"{HEADS}."
 _PARTIAL = ".partial"
 
 
@@ -173,13 +174,21 @@ class ExactCheckpoints(OwnTrainer):
     def _resume_file(self) -> str:
         return f"resume_state_{self.args.process_index}.pt"
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if heads_of(model) and state_dict is None and not is_peft_model(model):  # those lie beside, not within
+            state_dict = {name: value for name, value in model.state_dict().items() if not name.startswith(_HEADS)}
+        super()._save(output_dir, state_dict)
+        save_heads(model, output_dir or self._run_dir())
+
+    def _run_dir(self) -> str:
+        assert self.args.output_dir is not None, "transformers sets it"
+        return self.args.output_dir
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint, restored = Path(resume_from_checkpoint), self.model if model is None else model
-        if self._is_whole_model(restored, checkpoint):
-            _restore_whole_model(restored, checkpoint)
-        else:
+        checkpoint = Path(resume_from_checkpoint)
+        if not self._restore(self.model if model is None else model, checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            _restore_root_adapter(restored, checkpoint)
         file = checkpoint / self._resume_file()
         if file.is_file():
             self._load_resume_state(torch.load(file, map_location="cpu", weights_only=True))
@@ -190,11 +199,19 @@ class ExactCheckpoints(OwnTrainer):
             )
 
     def _load_best_model(self) -> None:
-        checkpoint = Path(str(self.state.best_model_checkpoint))
-        if self._is_whole_model(self.model, checkpoint):
-            _restore_whole_model(self.model, checkpoint)
-        else:
+        if not self._restore(self.model, Path(str(self.state.best_model_checkpoint))):
             super()._load_best_model()
+
+    def _restore(self, model: Any, checkpoint: Path) -> bool:
+        """Restore the model and verify it; False where its kind is left to transformers."""
+        if self._is_whole_model(model, checkpoint):
+            _restore_whole_model(model, checkpoint)
+            return True
+        own = is_peft_model(model) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if own and checkpoint.is_dir() and not (checkpoint / "adapter_model.bin").is_file():
+            restore_adapters(self.accelerator.unwrap_model(model), checkpoint)
+            return True
+        return False
 
     def _is_whole_model(self, model: Any, checkpoint: Path) -> bool:
         """Whether a checkpoint holds all weights of a model, rather than an adapter or pieces for several processes."""
@@ -218,23 +235,7 @@ def _restore_whole_model(model: Any, checkpoint: Path) -> None:
         raise CheckpointError(
             f"{checkpoint}: the weight {min(found['missing_keys'])} is not in it. Continue from another checkpoint."
         )
-    model.load_state_dict(saved.state_dict())
-
-
-def _restore_root_adapter(model: Any, checkpoint: Path) -> None:
-    """Restore the trained adapter, which lies at the checkpoint's root.
-
-    As soon as another adapter lies beside it (``ref/``), transformers restores the subfolders only.
-    """
-    file = checkpoint / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.load_adapter(str(checkpoint), "default", is_trainable=True)
-    model.set_adapter("default")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    saved = load_file(file)
-    for name, live in get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False).items():
-        if name not in saved or not torch.equal(live.detach().cpu(), saved[name].to(live.dtype)):
-            raise CheckpointError(f"{checkpoint}: the adapter weight {name} was not restored. Report this bug.")
+    values = {**saved.state_dict(), **{n: v for n, v in model.state_dict().items() if n.startswith(_HEADS)}}
+    model.load_state_dict(values)
+    for name in heads_of(model):
+        load_head(model, name, own_folder(checkpoint, name))

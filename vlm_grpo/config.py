@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from .errors import ConfigError
 from .options import DataOptions as DataOptions
+from .options import JudgeOptions as JudgeOptions
 from .options import LoraOptions as LoraOptions
 from .options import MediaOptions as MediaOptions
 from .options import Options
@@ -70,6 +71,9 @@ class RunConfig(Options):
     media: MediaOptions = Field(default_factory=MediaOptions, description="How media are opened and checked.")
     rewards: list[RewardSpec] = Field(
         default_factory=list, description='Reward functions: name, "name=weight", or "file.py:function".'
+    )
+    judge: JudgeOptions | None = Field(
+        default=None, description="What a reward model reads behind a response (reward train only)."
     )
     output: str = Field(
         default="runs/run", min_length=1, description="Run folder. Starting the same run again continues it."
@@ -138,14 +142,26 @@ def _lora_section(value: Any) -> Any:
 
 
 def _reward_list(value: Any) -> Any:
-    """``accuracy``, ``accuracy=0.7`` and ``{name: accuracy, weight: 0.7}`` mean the same kind of thing."""
+    """``accuracy``, ``accuracy=0.7``, ``{name: accuracy, weight: 0.7}`` and ``{model: RUN}``: all name a reward."""
     if value is None:
         return []
     if isinstance(value, str | dict | RewardSpec):
         value = [value]
     if not isinstance(value, list | tuple):
         raise ValueError("give a reward's name, or a list of them")
-    return [parse_reward(item) if isinstance(item, str) else item for item in value]
+    return [
+        parse_reward(item) if isinstance(item, str) else _of_model(item) if isinstance(item, dict) else item
+        for item in value
+    ]
+
+
+def _of_model(item: dict[str, Any]) -> dict[str, Any]:
+    """``{model: RUN, captions: FILE}`` means ``{name: model, kwargs: {model: RUN, captions: FILE}}``."""
+    if "model" not in item or item.get("name", "model") != "model":
+        return item
+    own = {key: value for key, value in item.items() if key in RewardSpec.model_fields}
+    options = {key: value for key, value in item.items() if key not in own}
+    return {"name": "model", **own, "kwargs": {**(own.get("kwargs") or {}), **options}}
 
 
 def parse_reward(text: str) -> dict[str, Any]:
@@ -197,7 +213,7 @@ def load_config(
         raise as_sentence(error, _known_keys, origin) from error
     if config.lora and config.lora.dropout and config.train.get("disable_dropout") is not False:
         notes.append(
-            f"lora.dropout={config.lora.dropout} acts in sft only: GRPO turns dropout off. "
+            f"lora.dropout={config.lora.dropout} acts in sft only: other commands turn dropout off. "
             "Give train.disable_dropout=false to keep it."
         )
     config._notes.extend(notes)
@@ -268,6 +284,7 @@ def _known_keys(location: Location) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "lora": LoraOptions,
         "data": DataOptions,
+        "judge": JudgeOptions,
         "media": MediaOptions,
         "rewards": RewardSpec,
     }
@@ -276,11 +293,29 @@ def _known_keys(location: Location) -> list[str]:
 
 
 def require(config: RunConfig, command: str) -> None:
-    """Refuse a run that cannot start: no rows, or (for ``train``) no reward."""
+    """Refuse a run that cannot start: no rows, for ``train`` no reward, or what only another command has a use for."""
+    said = said_as(command)
     if not config.data.train:
-        raise ConfigError(f"{command}: no training rows. Give --data FILE.jsonl, or data: in the config file.")
+        raise ConfigError(f"{said}: no training rows. Give --data FILE.jsonl, or data: in the config file.")
     if command == "train" and not config.rewards:
         raise ConfigError('train: no reward. Give --reward accuracy, or rewards: ["file.py:function"] in the config.')
+    if command != "reward-train":
+        if config.judge is not None:
+            raise ConfigError(f"{said}: judge has no use, since no reward model is trained. Leave it out.")
+        return
+    if config.rewards:
+        raise ConfigError("reward train: rewards have no use, since the pairs say what is better. Leave them out.")
+    whole = [part for part in PARTS if getattr(config, part) == "full"]
+    if "language" in whole or (not config.parts.apart and config.parts.given):
+        raise ConfigError(
+            'reward train: language="full" is not available: a reward model is an adapter, so that it shares its base '
+            "with the policy. Leave it out, or set lora: true."
+        )
+
+
+def said_as(command: str) -> str:
+    """A command as it is typed: ``reward train``."""
+    return command.replace("-", " ")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

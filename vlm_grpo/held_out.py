@@ -11,7 +11,7 @@ from .config import RunConfig
 from .evaluate import Control, Evaluation, Yardstick, change, evaluate, figures, learned_yardstick, yardstick_of
 from .evaluate.figures import read_verdicts, write_rows
 from .folder import EVALUATION, EVALUATION_ROWS, is_main_process, write_json
-from .rewards import introduce
+from .rewards import introduce, show_model
 
 
 class HeldOut:
@@ -46,17 +46,20 @@ class HeldOut:
             _write(folder, found)
 
     def _measure(self, trainer: Any, title: str, control: Control | None = None) -> Evaluation:
+        rewards = self.yardstick.rewards.values()
         introduce(
-            self.yardstick.rewards.values(),
+            rewards,
             processor=trainer.processing_class,
             media=trainer.intake.media,
             max_completion_length=self.length,
         )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        show_model(rewards, model, template=trainer.intake.template, root=trainer.intake.root)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not is_main_process()) as progress:
             task = progress.add_task(title, total=len(self.rows))
             return evaluate(
-                trainer.accelerator.unwrap_model(trainer.model),
+                model,
                 trainer.processing_class,
                 self.rows,
                 yardstick=self.yardstick,

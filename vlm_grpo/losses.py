@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, softplus
 
 # 16 MiB of fp32 logits, of which a handful of copies exist at a time: full matmul speed, little memory.
 _CHUNK_ELEMENTS = 1 << 22
@@ -56,6 +56,21 @@ def chunked_logps(
             chunks.append(head.statistics(head.logits(part, weight, bias), own))
     columns = zip(*chunks, strict=True)
     return tuple(None if column[0] is None else torch.cat(column) for column in columns)  # type: ignore[return-value]
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, center: float = 0.0) -> Tensor:
+    """How badly the scores of pairs tell the chosen response from the rejected one, in nats.
+
+    ``mean(-log sigmoid(chosen - rejected)) + center * |mean(chosen + rejected)|``: the likelihood of Bradley and Terry
+    (1952), and LLaVA-RLHF's term (Sun et al. 2023) that keeps the mean score near 0, which pairs alone leave open.
+    TRL's term of the name ``center_rewards_coefficient`` squares each sum instead, which also draws scores together.
+
+    Args:
+        chosen: (B,) scores.
+        rejected: (B,) scores of the other responses to the same prompts.
+        center: the coefficient of the second term.
+    """
+    return softplus(rejected - chosen).mean() + center * (chosen + rejected).mean().abs()
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,21 @@ class MediaOptions(Options):
         return self
 
 
+class JudgeOptions(Options):
+    """What a reward model reads behind a response; the policy never reads any of it."""
+
+    prompt: str | None = Field(
+        default=None, description="The request to judge a response: a .jinja file, or its text; unset: the built-in."
+    )
+    stem: str | None = Field(
+        default=None, description="The judge's own first words, whose last token is scored; unset: the built-in."
+    )
+    captions: str | None = Field(
+        default=None,
+        description="A .json file of media names, each with a list of true captions that the judge is shown.",
+    )
+
+
 class RewardSpec(Options):
     """One reward function and its weight."""
 

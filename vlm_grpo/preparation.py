@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from .checks import GradientCheck, StepsCheck
+from .checks import GradientCheck, LengthCheck, StepsCheck
 from .diagnosis import install_diagnosis
 from .errors import ConfigError, DataFormatError, UnsupportedError
 from .failures import RewardFailures
@@ -21,11 +21,18 @@ from .numbers import NumbersCheck
 from .patches.trl import add_fused_head
 from .precision import float32_adapters
 from .quantized import is_quantized, undo_bf16_adapters
-from .rewards import finite_reward, introduce
+from .rewards import finite_reward, introduce, show_model
 from .stopwatch import Stopwatch
 from .trainer_config import VLMGRPOConfig
 
 _LOG = logging.getLogger("vlm_grpo")
+
+
+def refuse_untested(**given: Any) -> None:
+    """Refuse arguments of TRL's trainer by which rollouts come from elsewhere."""
+    for name, value in given.items():
+        if value is not None:
+            raise UnsupportedError(f"{name} has no multimodal test yet. Use reward_funcs, or TRL's own GRPOTrainer.")
 
 
 def mend_heads(trainer: Any) -> None:
@@ -103,6 +110,27 @@ def watch_rewards(trainer: Any) -> None:
     ]
 
 
+def share_base(trainer: Any) -> None:
+    """Show the policy to reward models, which stand on its base where that is theirs too.
+
+    Raises:
+        RewardError: a reward model that cannot stand or be loaded.
+        UnsupportedError: one that would stand on weights which are split among processes.
+    """
+    split = "FSDP" if trainer.is_fsdp_enabled else None
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        split = "DeepSpeed's stage 3"
+    show_model(
+        trainer.reward_funcs,
+        trainer.accelerator.unwrap_model(trainer.model),
+        template=trainer.intake.template,
+        root=trainer.media_root,
+        sharing=trainer.sharing,
+        autocast=trainer.accelerator.autocast,
+        split=split,
+    )
+
+
 def _distinct(names: list[str]) -> list[str]:
     """TRL logs a reward under its function's name, where one of two lambdas would overwrite the other."""
     return [f"{name} {earlier + 1}" if (earlier := names[:n].count(name)) else name for n, name in enumerate(names)]
@@ -127,7 +155,7 @@ def share_groups(trainer: Any) -> None:
 
 
 def install_checks(trainer: Any) -> None:
-    """Numbers, gradients, steps, the flow of media, what was shared, and what keeps it from learning: callbacks."""
+    """Numbers, gradients, steps, lengths, the flow of media, sharing, and what keeps it from learning: callbacks."""
     family, metrics = family_of(trainer.model.config), trainer._metrics["train"]
     check = trainer.args.gradient_check and not trainer.is_deepspeed_enabled  # which keeps gradients to itself
 
@@ -146,6 +174,7 @@ def install_checks(trainer: Any) -> None:
     for callback in (trainer.numbers, trainer._gradient_check, StepsCheck, trainer._flow_check, report):
         trainer.add_callback(callback)
     install_diagnosis(trainer)
+    trainer.add_callback(LengthCheck(trainer.intake, trainer.train_dataset))
 
 
 def check_size(dataset: Any, args: VLMGRPOConfig) -> None:

@@ -19,6 +19,8 @@ SHOWN = {
     "reward": ("reward", "{:.3f}"),
     "completions/mean_length": ("length", "{:.0f}"),
     "kl": ("KL", "{:.2g}"),
+    "accuracy": ("right", "{:.0%}"),
+    "margin": ("margin", "{:.3f}"),
     "memory": ("memory", "{:.1f} GiB"),
     "loss": ("loss", "{:.3g}"),
 }

@@ -17,7 +17,7 @@ from .callbacks import (
 )
 from .card import write_run_card
 from .checkpoint import MANIFEST, find_checkpoint, is_whole
-from .config import RunConfig, require, resolved
+from .config import RunConfig, require, resolved, said_as
 from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .folder import (
     CURVES,
@@ -36,11 +36,15 @@ from .folder import (
 )
 from .gathering import gather_rows, size_of
 from .held_out import HeldOut, run_yardstick
-from .models import check_trainable, is_adapter, load_model
+from .models import check_trainable, is_adapter, load_model, refuse_reward_model
 from .notes import kept_warnings
+from .pairwise import HeldOutPairs
 from .preparation import check_size
 from .progress import ProgressCallback
 from .report import draw_curves, write_report
+from .reward_model import VLMRewardConfig, VLMRewardTrainer
+from .rewarding import COMMAND as REWARD_TRAIN
+from .rewarding import Judging, make_pairs, read_judging, with_adapter
 from .rewards import load_rewards
 from .sft import VLMSFTConfig, VLMSFTTrainer
 from .trainer import VLMGRPOTrainer
@@ -58,12 +62,14 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 _SECONDS_BETWEEN_SAVES = 120.0
+_CONFIGS: dict[str, Any] = {"train": VLMGRPOConfig, "sft": VLMSFTConfig, REWARD_TRAIN: VLMRewardConfig}
 # Options whose values a run writes down also where they are a library's defaults, which the next version may change.
 _WRITTEN = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("num_generations", "generation_batch_size", "num_iterations", "max_completion_length", "temperature", "top_p"),
     *("beta", "epsilon", "loss_type", "scale_rewards", "gradient_checkpointing", "disable_dropout"),
+    "center_rewards_coefficient",
     *_RUN_DEFAULTS,
 )
 
@@ -106,6 +112,11 @@ def sft(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str |
     return _Run(config, "sft").go(fresh, resume_from_checkpoint)
 
 
+def reward_train(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str | None = None) -> RunResult:
+    """A reward model from pairs of responses: its run folder is one that the reward ``model`` of other runs takes."""
+    return _Run(config, REWARD_TRAIN).go(fresh, resume_from_checkpoint)
+
+
 def plan(config: RunConfig, command: str) -> dict[str, Any]:
     """What the run would do, checked as far as it can be without loading the model; touches nothing."""
     run = _Run(config, command)
@@ -118,7 +129,7 @@ def plan(config: RunConfig, command: str) -> dict[str, Any]:
         "rows left out": sum(run.rows.left_out.values()),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "device": str(args.device),
-        "trains": "the adapter of the run" if is_adapter(config.model) else str(config.parts),
+        "trains": "the adapter of the run" if is_adapter(config.model) else str(run.config.parts),
         "starts": f"from {checkpoint.name}" if checkpoint else "from step 0",
     }
     if command == "train":
@@ -136,19 +147,19 @@ class _Run:
 
     def __init__(self, config: RunConfig, command: str) -> None:
         require(config, command)
+        refuse_reward_model(config.model, said_as(command))
+        config = with_adapter(config) if command == REWARD_TRAIN else config
         check_trainable(config.model, config.load_in_4bit, config.parts)
         self.command = command
         options = {**_RUN_DEFAULTS, **config.train}
-        cls = VLMGRPOConfig if command == "train" else VLMSFTConfig
-        self.args: Any = build_args(cls, options, output_dir=str(run_folder(config)))
+        self.args: Any = build_args(_CONFIGS[command], options, output_dir=str(run_folder(config)))
         self.config = config.model_copy(update={"train": {**_effective(self.args), **config.train}})
         self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
+        self.judging: Judging | None = read_judging(config) if command == REWARD_TRAIN else None
         self.rows = gather_rows(config)
-        self.data, self.held_out = self.rows.train, None
-        if self.rows.held_out is not None:
-            learned = self.args.completion_column if command == "sft" else None
-            yardstick = run_yardstick(config, self.rewards, learned)
-            self.held_out = HeldOut(self.rows.held_out, yardstick, self.args)
+        if self.judging is not None:
+            make_pairs(self.rows, config, self.judging)
+        self.data, self.held_out = self.rows.train, self._held_out()
         _check_trackers(self.args.report_to)
         if config.data.streaming and self.args.max_steps <= 0:
             raise ConfigError(
@@ -161,6 +172,14 @@ class _Run:
         if command == "train":
             self.args.reward_weights = self.weights
             check_size(self.data, self.args)
+
+    def _held_out(self) -> HeldOut | HeldOutPairs | None:
+        if self.rows.held_out is None:
+            return None
+        if self.judging is not None:
+            return HeldOutPairs(self.rows.held_out, self.args)
+        learned = self.args.completion_column if self.command == "sft" else None
+        return HeldOut(self.rows.held_out, run_yardstick(self.config, self.rewards, learned), self.args)
 
     def go(self, fresh: bool, resume_from_checkpoint: str | None) -> RunResult:
         with open_run_folder(self.config, self.command, fresh) as folder:
@@ -180,10 +199,11 @@ class _Run:
             return self._finish(trainer, folder, evaluations, stop, seconds)
 
     def _input_files(self) -> tuple[list[Path], list[Path]]:
-        """The files of rows, and those of rewards."""
+        """The files of rows (and of what a judge reads beside them), and those of rewards."""
         rows = [name for name in (self.config.data.train, self.config.data.eval) if name]
         rewards = [spec.name.rpartition(":")[0] for spec in self.config.rewards if ".py:" in spec.name]
-        return [Path(name).expanduser() for name in rows], [Path(name).expanduser() for name in rewards]
+        judged = self.judging.files if self.judging is not None else ()
+        return [*(Path(name).expanduser() for name in rows), *judged], [Path(name).expanduser() for name in rewards]
 
     def _is_over(self, done: dict[str, Any]) -> bool:
         folder, limit = self.config.output, self.config.max_minutes
@@ -248,6 +268,9 @@ class _Run:
             media: dict[str, Any] = {"media": self.config.media, "media_root": self.config.data.media_root}
             if self.command == "train":
                 trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor, **media)
+            elif self.judging is not None:
+                media |= {"judge": self.judging.judge, "captions": self.judging.captions}
+                trainer = VLMRewardTrainer(model, self.args, self.data, evaluated, processor, **media)
             else:
                 trainer = VLMSFTTrainer(model, self.args, self.data, evaluated, processor, **media)
         except VLMGRPOError:
@@ -273,7 +296,7 @@ class _Run:
         callbacks: list[Any] = [recorder, SaveEvery(_SECONDS_BETWEEN_SAVES), stop]
         if self.command == "train":
             callbacks.append(SamplesCallback(samples, trainer))
-        progress = ProgressCallback(self.command, seconds_left=stop.seconds_left)
+        progress = ProgressCallback(said_as(self.command), seconds_left=stop.seconds_left)
         for callback in [*callbacks, CurvesCallback(metrics, folder / CURVES), progress]:
             trainer.add_callback(callback)
         if checkpoint is not None and _is_last(checkpoint):

@@ -1,4 +1,4 @@
-"""Log-probabilities of rows without sharing: one prompt per completion, as many rows a forward as fit."""
+"""Log-probabilities and values of rows without sharing: one prompt per completion, as many rows a forward as fit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,7 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .collate import collate
 from .encode import EncodedPrompt
-from .models.families import Family, together
+from .models.families import Family, family_of, together
+from .models.heads import last_hidden_state
+from .models.modes import pinned_forward
 
 T = TypeVar("T")
 
@@ -110,3 +112,67 @@ def logps(
             entropies = entropies.index_copy(0, index, out.entropy[:, -width:].to(logps.dtype))
         aux_losses.append(out.aux_loss)
     return logps, entropies, aux_losses
+
+
+def score_rows(
+    trainer: Any,
+    ids: Tensor,
+    mask: Tensor,
+    width: int,
+    rows: Encodings,
+    batch_size: int | None,
+    aux_loss: bool,
+    model: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A GRPO trainer's log-probabilities and entropies (B, width) in nats and router loss, shared where that is exact.
+
+    Args:
+        trainer: whose sharing, precision and family count.
+        ids, mask, width, aux_loss: as in ``logps``.
+        rows: the rows' encodings.
+        batch_size: rows of a forward at most; None takes all.
+        model: what is called, unwrapped from DDP.
+    """
+    autocast, most = trainer.accelerator.autocast, batch_size or len(rows)
+
+    def unshared(own: Any, few: list[int]) -> Tensor:
+        """The same rows, one prompt per completion."""
+        return logps(own, ids, mask, width, rows, iter([[row] for row in few]), autocast)[0][few]
+
+    with pinned_forward(model):
+        if trainer.sharing.on(model, rows):
+            sizes = (most, ids.size(1) - width)
+            shared = trainer.sharing.logps(model, ids[:, -width:], mask[:, -width:], rows, rows.idle, unshared, *sizes)
+            if shared is not None:
+                return *shared, None
+        batches = forwards(family_of(trainer.model.config), rows, most)
+        found, entropies, losses = logps(model, ids, mask, width, rows, batches, autocast, aux_loss)
+        return found, entropies, torch.stack(losses).mean() if aux_loss else None
+
+
+def values(
+    model: Any,
+    head: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    mask: Tensor,
+    width: int,
+    encodings: list[EncodedPrompt],
+    batches: Iterator[list[int]],
+    autocast: Callable[[], AbstractContextManager],
+) -> Tensor:
+    """What a scalar head makes of the hidden state in front of each completion token: (B, width), 0 at padding.
+
+    Args:
+        model: the plain model, adapters included.
+        head: hidden states (..., H) to numbers (...).
+        ids, mask, width, encodings, batches, autocast: as in ``logps``.
+    """
+    found = torch.zeros((len(ids), width), device=ids.device)
+    for rows in batches:
+        index = torch.tensor(rows, device=ids.device)
+        inputs = collate([encodings[row] for row in rows], ids.size(1), [width] * len(rows), ids.device)
+        with autocast():
+            hidden = last_hidden_state(model, input_ids=ids[index], attention_mask=mask[index], **inputs)
+            own = head(hidden[:, -width - 1 : -1])
+        found = found.index_copy(0, index, own.masked_fill(mask[index, -width:] == 0, 0.0))
+    return found

@@ -5,6 +5,7 @@ once, its encoding travels as one entry of a Python list in TRL's batches, and i
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
 
 from .carry import Row
 from .checkpoint import ExactCheckpoints
-from .checks import LengthCheck
 from .collate import collate, pack_rollout, unpack_rollout
 from .config import MediaOptions
 from .data import MEDIA_COLUMNS, decoded
@@ -26,8 +25,9 @@ from .diagnosis import note_rollout
 from .encode import EncodedPrompt
 from .errors import UnsupportedError
 from .group import from_units, to_units, unique, up_to_end
+from .models.adapters import check_policy_adapter, kept_flags, role
 from .models.families import family_of, together
-from .models.modes import inference_mode, pinned_forward, restored, without_checkpointing
+from .models.modes import inference_mode, restored, without_checkpointing
 from .numbers import FiniteNumbers
 from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, own_grpo_trainer
@@ -40,6 +40,8 @@ from .preparation import (
     install_reference,
     mend_adapters,
     mend_heads,
+    refuse_untested,
+    share_base,
     share_groups,
     suppress_placeholders,
     watch_rewards,
@@ -48,10 +50,9 @@ from .quantized import trainable_data
 from .randomness import same_random_states
 from .rates import PartRates
 from .resample import check_resampling, replay_rewards, resampled
-from .rewards import check_finite
+from .rewards import as_functions, check_finite, shown
 from .rows import encoded_rows, make_intake, readable
-from .scoring import Encodings, as_one_forward, forwards
-from .scoring import logps as plain_logps
+from .scoring import Encodings, as_one_forward, score_rows
 from .trainer_config import VLMGRPOConfig
 
 _TRLTrainer: Any = own_grpo_trainer()
@@ -113,11 +114,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         media: MediaOptions | dict[str, Any] | None = None,
     ) -> None:
         args = VLMGRPOConfig.of(args)
-        for name, value in (("rollout_func", rollout_func), ("environment_factory", environment_factory)):
-            if value is not None:
-                raise UnsupportedError(
-                    f"{name} has no multimodal test yet. Use reward_funcs, or TRL's own GRPOTrainer."
-                )
+        refuse_untested(rollout_func=rollout_func, environment_factory=environment_factory)
         check_size(train_dataset, args)
         LOG_PROBS.ensure()
         leave_float16(args, model)
@@ -128,6 +125,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         train_dataset, pictures = readable(train_dataset, "train_dataset")
         eval_dataset, more = readable(eval_dataset, "eval_dataset")
         self._pictures = pictures | more
+        check_policy_adapter(model)
         adapters = trainable_data(model)
         beta, sync = args.beta, args.sync_ref_model
         adapted = is_peft_model(model) or peft_config is not None  # then the base model is the reference
@@ -135,20 +133,21 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         try:
             if copies_reference:  # TRL would load it again from the path the model once came from
                 args.beta, args.sync_ref_model = 0.0, False
-            super().__init__(
-                model,
-                list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs,
-                args,
-                train_dataset,
-                eval_dataset,
-                copy.deepcopy(processing_class),
-                reward_processing_classes,
-                callbacks,
-                optimizers,
-                quantization_config,
-                peft_config,
-                tools,
-            )
+            with kept_flags(model):
+                super().__init__(
+                    model,
+                    as_functions(reward_funcs),
+                    args,
+                    train_dataset,
+                    eval_dataset,
+                    copy.deepcopy(processing_class),
+                    reward_processing_classes,
+                    callbacks,
+                    optimizers,
+                    quantization_config,
+                    peft_config,
+                    tools,
+                )
         finally:
             args.beta, args.sync_ref_model = beta, sync
         watch_rewards(self)
@@ -163,9 +162,9 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         self._share_groups()
         check_processes(self)
         check_resampling(self)
-        install_checks(self)
         self.intake = make_intake(self)
-        self.add_callback(LengthCheck(self.intake, train_dataset))
+        install_checks(self)
+        share_base(self)
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
@@ -183,7 +182,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             self._flow_check.check_rows(inputs)  # of a streaming dataset; of a table it is long done
         with self.watch("process"):
             rows = self._encoded_rows(inputs)
-        with restored(self.model):  # TRL, and what stands in its place, switch checkpointing off and on
+        # TRL, and what stands in its place, switch checkpointing off and on, and adapters for its reference.
+        with restored(self.model), kept_flags(self.model):
             rows = resampled(self, rows)
             batch = super()._generate_and_score_completions(rows)
         note_rollout(self)
@@ -272,7 +272,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
                 batch["ref_per_token_logps"] = logps(self.ref_model)
             elif self.beta != 0:
                 policy = self.accelerator.unwrap_model(self.model)
-                with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                with role(policy, "ref" if "ref" in policy.peft_config else None):
                     batch["ref_per_token_logps"] = logps(self.model)
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -280,11 +280,12 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             return replay_rewards(self, inputs)
         self.numbers.after_generation()
         rows = {id(row.original): row.original for row in inputs}  # a group shares one
-        shown = {key: decoded(row, self._pictures) for key, row in rows.items()}
-        originals = [shown[id(row.original)] for row in inputs]
+        opened = {key: decoded(row, self._pictures) for key, row in rows.items()}
+        originals = [opened[id(row.original)] for row in inputs]
         prompts = [original["prompt"] for original in originals]
         self.failures.begin()
-        rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
+        with shown(self.reward_funcs, originals, inputs):
+            rewards = super()._calculate_rewards(originals, prompts, completions, completion_ids_list)
         for number, function in enumerate(self.reward_funcs):
             if isinstance(function, nn.Module):
                 first, name = self.accelerator.process_index * len(inputs), self.reward_func_names[number]
@@ -335,30 +336,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         """
         if num_images is None:
             return None, None, None
-        autocast = self.accelerator.autocast
         rows = num_images if isinstance(num_images, Encodings) else Encodings(num_images)
-
-        def unshared(own: Any, few: list[int]) -> Tensor:
-            """The same rows, one prompt per completion."""
-            batches = iter([[row] for row in few])
-            return plain_logps(own, input_ids, attention_mask, logits_to_keep, rows, batches, autocast)[0][few]
-
-        def score(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            with pinned_forward(own):
-                return score_rows(own)
-
-        def score_rows(own: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            if self.sharing.on(own, rows):
-                own_mask, completions = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
-                sizes = (batch_size or len(rows), input_ids.size(1) - logits_to_keep)
-                shared = self.sharing.logps(own, completions, own_mask, rows, rows.idle, unshared, *sizes)
-                if shared is not None:
-                    return *shared, None
-            batches = forwards(family_of(self.model.config), rows, batch_size or len(rows))
-            arguments = (own, input_ids, attention_mask, logits_to_keep, rows, batches, autocast, compute_aux_loss)
-            logps, entropies, aux_losses = plain_logps(*arguments)
-            return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
-
+        score = partial(score_rows, self, input_ids, attention_mask, logits_to_keep, rows, batch_size, compute_aux_loss)
         logps, entropies, aux_loss = as_one_forward(model, score)  # also where others fall back, and this one does not
         if entropies is not None:  # hooks of what leaves DDP are given None where the loss does not use it
             entropies = entropies.view_as(entropies)

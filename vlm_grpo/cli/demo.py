@@ -16,9 +16,13 @@ def demo(
     output: Annotated[str | None, typer.Option("--output", help="Folder of the demo's runs and pictures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line at the end.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters.")] = False,
+    algorithm: Annotated[
+        Literal["grpo", "reward-model"],
+        typer.Option("--algorithm", help="GRPO from correct answers, or from a reward model that pairs teach."),
+    ] = "grpo",
 ) -> None:
     """Teach a tiny model to read handwritten digits, see motion or hear words, in minutes, on any computer."""
     set_up_logging()
     from .. import demo as demos
 
-    demos.demo(modality=modality, seed=seed, output=output, as_json=as_json, full=full)
+    demos.demo(modality=modality, seed=seed, output=output, as_json=as_json, full=full, algorithm=algorithm)

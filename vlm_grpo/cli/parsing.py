@@ -1,4 +1,4 @@
-"""The tokens of ``train`` and ``sft``: their own options, and every other ``--name value`` for the run config."""
+"""The tokens of a training command: its own options, and every other ``--name value`` for the run config."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""``vlm-grpo reward test`` and ``vlm-grpo reward serve``."""
+"""``vlm-grpo reward test`` and ``vlm-grpo reward serve``; ``reward train`` is beside ``train``."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from ..yaml_text import read_yaml
 from .base import app, err, help_of, out, say, set_up_logging
 
 reward_app = typer.Typer(
-    no_args_is_help=True, help="Try the rewards of a config before a run, or serve them to other programs."
+    no_args_is_help=True,
+    help="Try the rewards of a config before a run, serve them to other programs, or train a reward model.",
 )
 app.add_typer(reward_app, name="reward")
 

@@ -1,14 +1,15 @@
-"""``vlm-grpo train`` and ``vlm-grpo sft``."""
+"""``vlm-grpo train``, ``vlm-grpo sft`` and ``vlm-grpo reward train``."""
 
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..config import DataOptions, MediaOptions, load_config, require
+from ..config import DataOptions, MediaOptions, load_config, require, said_as
 from ..errors import ConfigError
 from .base import app, err, help_of, out, say, set_up_logging
 from .parsing import EXTRA, RunCommand
+from .reward import reward_app
 
 
 def _run(
@@ -46,9 +47,9 @@ def _run(
         False
     ),
 ) -> None:
-    command = ctx.info_name or "train"
-    if command == "sft" and reward:
-        raise ConfigError("sft: --reward has no use, since sft learns from the rows' own answers. Leave it out.")
+    command = _command(ctx)
+    if reward and command in _WITHOUT_REWARD:
+        raise ConfigError(f"{said_as(command)}: --reward has no use, since {_WITHOUT_REWARD[command]}. Leave it out.")
     given = {
         "preset": preset,
         "model": model,
@@ -76,17 +77,30 @@ def _run(
     if not dry_run:
         from ..models import import_unsloth_first, is_adapter
 
-        import_unsloth_first(resolved.backend, resolved.parts.apart or is_adapter(resolved.model))
+        adapter = resolved.parts.apart or is_adapter(resolved.model) or command == "reward-train"
+        import_unsloth_first(resolved.backend, adapter)
     from .. import run
 
     if dry_run:
         _print_plan(run.plan(resolved, command), command)
         return
-    result = getattr(run, command)(resolved, fresh=fresh, resume_from_checkpoint=resume)
-    _say_result(result)
+    start = getattr(run, command.replace("-", "_"))
+    _say_result(start(resolved, fresh=fresh, resume_from_checkpoint=resume), command)
 
 
-def _say_result(result: Any) -> None:
+_WITHOUT_REWARD = {
+    "sft": "sft learns from the rows' own answers",
+    "reward-train": "the pairs say what is better",
+}
+
+
+def _command(ctx: typer.Context) -> str:
+    """As run folders have it: ``train``, ``sft`` or ``reward-train``."""
+    name = ctx.info_name or "train"
+    return f"reward-{name}" if ctx.parent is not None and ctx.parent.info_name == "reward" else name
+
+
+def _say_result(result: Any, command: str) -> None:
     if result.stopped in _SIGNALS:
         say(f"Stopped by {result.stopped} at step {result.steps}; the same command again continues from there.")
         raise typer.Exit(_SIGNALS[result.stopped])
@@ -95,11 +109,18 @@ def _say_result(result: Any) -> None:
     if not is_main_process():
         return
     why = f" ({result.stopped})" if result.stopped else ""
+    use = f"Talk to it: vlm-grpo chat {result.run_dir} --image picture.png"
+    if command == "reward-train":
+        use = f"Train with it: rewards: [{{model: {result.run_dir}}}] in a config"
+        if result.evaluation:
+            from ..pairwise import page
+
+            out.print(page(result.evaluation), highlight=False)
     out.print(
         f"{result.steps} steps in {result.seconds:.0f} s{why}, saved in {result.run_dir}\n"
         f"{_left_out(result.left_out)}"
         f"Look at it: {result.run_dir}/report.html\n"
-        f"Talk to it: vlm-grpo chat {result.run_dir} --image picture.png",
+        f"{use}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -120,6 +141,14 @@ app.command(
     epilog="Any option of transformers' TrainingArguments may follow by its name: --learning_rate 2e-5.",
 )(_run)
 
+reward_app.command(
+    "train",
+    cls=RunCommand,
+    help="Train a reward model on pairs of answers.",
+    epilog="--judge.captions FILE.json and --judge.prompt FILE.jinja say what the judge reads behind an answer. Any "
+    "option of transformers' TrainingArguments may follow by its name: --learning_rate 2e-5.",
+)(_run)
+
 
 def _checkpoint(path: str | None, fresh: bool) -> str | None:
     """Hugging Face's ``true`` means the newest checkpoint, which is what happens anyway."""
@@ -133,7 +162,7 @@ def _checkpoint(path: str | None, fresh: bool) -> str | None:
 
 
 def _print_plan(plan: dict[str, Any], command: str) -> None:
-    table = Table(title=f"vlm-grpo {command} (dry run: nothing is written)", title_justify="left")
+    table = Table(title=f"vlm-grpo {said_as(command)} (dry run: nothing is written)", title_justify="left")
     table.add_column("option", no_wrap=True)
     table.add_column("value", overflow="fold")
     for key, value in _flat(plan):

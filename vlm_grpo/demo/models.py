@@ -29,13 +29,18 @@ _SPREAD: dict[str, Any] = {"initializer_range": 0.08}
 _MELS, _HOP, _SECONDS = 40, 160, 1
 
 
-def save_tiny_model(folder: Path, seed: int, question: str = QUESTION, answers: tuple[str, ...] = DIGITS) -> None:
-    """A Qwen2.5-VL with random weights, its processor and a tokenizer of the few words it needs."""
+def save_tiny_model(
+    folder: Path, seed: int, question: str = QUESTION, answers: tuple[str, ...] = DIGITS, words: tuple[str, ...] = ()
+) -> None:
+    """A Qwen2.5-VL with random weights, its processor and a tokenizer of the few words it needs.
+
+    ``words``: what is said to it beside the question.
+    """
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    processor = tiny_processor(question, answers)
+    processor = tiny_processor(question, answers, words)
     token = processor.tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     config = Qwen2_5_VLConfig(
@@ -60,7 +65,7 @@ def save_tiny_model(folder: Path, seed: int, question: str = QUESTION, answers: 
     _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
 
 
-def tiny_processor(question: str, answers: tuple[str, ...]) -> Any:
+def tiny_processor(question: str, answers: tuple[str, ...], words: tuple[str, ...] = ()) -> Any:
     """Qwen2.5-VL's own processor classes around a word-level tokenizer."""
     import transformers
 
@@ -69,7 +74,7 @@ def tiny_processor(question: str, answers: tuple[str, ...]) -> Any:
     area = SIDE * SIDE
     return hf.Qwen2_5_VLProcessor(
         hf.Qwen2VLImageProcessor(**patches, size={"shortest_edge": area, "longest_edge": area}),
-        _tokenizer(_VISION_TOKENS, question, answers),
+        _tokenizer(_VISION_TOKENS, question, (*answers, *words)),
         hf.Qwen2VLVideoProcessor(**patches, size={"shortest_edge": area, "longest_edge": FRAMES * area}),
         chat_template=_TEMPLATE,
     )

@@ -188,6 +188,11 @@ class _Read:
     asked: Sample
     encoding: EncodedPrompt
 
+    @property
+    def seen(self) -> EncodedPrompt | None:
+        """The encoding of the row as it is; None where the model is asked another one."""
+        return self.encoding if self.asked is self.sample else None
+
 
 @dataclass(frozen=True)
 class _Asking:
@@ -211,9 +216,9 @@ class _Asking:
         texts = decoded_texts(self.processor, ids)
         shown = [decoded(item.row, pictures) for item in read]
         yard = self.yardstick
-        # The samples as they were read: what a reward is given does not hang on the control.
+        # The samples as they were read: what a reward is given, and sees, does not hang on the control.
         given = [item.sample for item in read]
-        values = judged(yard.rewards, yard.shown_too, shown, given, texts, ids, wait)
+        values = judged(yard.rewards, yard.shown_too, shown, given, texts, ids, wait, [item.seen for item in read])
         drawn = self._drawn(read, encodings, shown, wait)
         said = [item.asked if shows_sample else item.sample for item in read]
         return [
@@ -246,7 +251,8 @@ class _Asking:
         rows = [row for row in shown for _ in range(k)]
         given = [item.sample for item in read for _ in range(k)]
         judge = {yard.judge: yard.rewards[yard.judge]}
-        values = judged(judge, yard.shown_too, rows, given, texts, ids, wait)
+        seen = [item.seen for item in read for _ in range(k)]
+        values = judged(judge, yard.shown_too, rows, given, texts, ids, wait, seen)
         right = [yard.is_right(value[yard.judge]) for value in values]
         starts = range(0, len(texts), k)
         return [(tuple(texts[start : start + k]), tuple(right[start : start + k])) for start in starts]

@@ -66,12 +66,17 @@ def change(before: dict[int, bool], after: dict[int, bool], seed: int = 0) -> di
 
 
 def write_rows(path: Path, state: str, evaluation: Evaluation) -> None:
-    """Put the rows of one state into ``evaluation.jsonl``, in place of older ones of it.
+    """Put the rows of one state into ``evaluation.jsonl``, in place of older ones of it."""
+    write_records(path, state, [_record(state, row) for row in evaluation.rows])
+
+
+def write_records(path: Path, state: str, records: list[dict[str, Any]]) -> None:
+    """Put lines of one state into ``evaluation.jsonl``, in place of older ones of it.
 
     A reader sees the old file or the new one.
     """
     kept = [line for line in _lines(path) if json.loads(line)["state"] != state]
-    new = [json.dumps(_record(state, row), ensure_ascii=False, allow_nan=False) + "\n" for row in evaluation.rows]
+    new = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     beside = path.with_name(f".{path.name}.new")
     beside.write_text("".join([*kept, *new]), encoding="utf-8")
     os.replace(beside, path)

@@ -2,26 +2,31 @@
 
 import asyncio
 import inspect
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import RewardSpec
 from ..data import Sample
+from ..encode import EncodedPrompt
 from ..errors import ConfigError, nearest
-from ..rewards import Failed, load_rewards
+from ..rewards import Failed, load_rewards, shown
 from ..rewards.accuracy import accuracy
 from ..rewards.checked import check_values, is_async
 from ..rewards.text import completion_text
+
+_LOG = logging.getLogger("vlm_grpo")
 
 Value = float | Failed | None
 Reward = Callable[..., Any]
 Waiter = Callable[[list[Any]], list[Any]]
 
 _OF_FORM = ("format", "length", "overlong", "repetition")  # a wrong answer satisfies these as well as a right one
+_OF_DEGREE = "model"  # a reward model's score has no value from which an answer is right
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
 
@@ -100,8 +105,16 @@ def yardstick_of(
             f"{which} say which answers are right: by its scale and clip a wrong one earns as much. Name another "
             "one, or measure one more without weight: accuracy=0."
         )
-    judge = correct or next((name for name, spec in able.items() if spec.name not in _OF_FORM), next(iter(able)))
+    later = (*_OF_FORM, _OF_DEGREE)
+    judge = correct or next((name for name, spec in able.items() if spec.name not in later), next(iter(able)))
     spec = able[judge]
+    if spec.name == _OF_DEGREE:
+        _LOG.warning(
+            'Accuracy is the share of answers that "%s" scores %g or more, which says little: a reward model gives no '
+            "verdict. Measure one that does beside it, without weight: accuracy=0.",
+            judge,
+            _full_marks(spec),
+        )
     right_at = min(_full_marks(spec), spec.clip[1] if spec.clip else math.inf)
     truth = spec.columns.get("answer", spec.kwargs.get("column", "answer"))
     return replace(found, correct=judge, right_at=right_at, truth=truth)
@@ -137,6 +150,7 @@ def judged(
     texts: list[str],
     ids: list[list[int]],
     wait: Waiter,
+    encodings: Sequence[EncodedPrompt | None] | None = None,
 ) -> list[dict[str, Value]]:
     """Of each completion, its value by every reward; async rewards are waited for together.
 
@@ -146,6 +160,7 @@ def judged(
         rows: the rows as rewards see them, pictures decoded.
         samples, texts, ids: what they were read as, and the completion as text and as tokens.
         wait: see ``waiting``.
+        encodings: the samples as the model was given them, for rewards that see media; None where it was given others.
 
     Raises:
         RewardError: a reward returned anything but a finite number, None or ``Failed`` for each completion.
@@ -154,13 +169,22 @@ def judged(
     arguments |= {name: [row.get(name) for row in rows] for name in shown_too if name in rows[0]}
     found: dict[str, Any] = {}
     later = [name for name, function in rewards.items() if is_async(function)]
-    for name, function in rewards.items():
-        if name not in later:
-            values = function(**arguments)
-            found[name] = wait([values])[0] if inspect.isawaitable(values) else values
+    seen = [Seen(*pair) for pair in zip(samples, encodings or [None] * len(rows), strict=True)]
+    with shown(rewards.values(), rows, seen):
+        for name, function in rewards.items():
+            if name not in later:
+                values = function(**arguments)
+                found[name] = wait([values])[0] if inspect.isawaitable(values) else values
     found |= zip(later, wait([rewards[name](**arguments) for name in later]), strict=True) if later else ()
     columns = {name: list(map(_number, check_values(found[name], name, arguments))) for name in rewards}
     return [{name: values[index] for name, values in columns.items()} for index in range(len(texts))]
+
+
+class Seen(NamedTuple):
+    """A row as it was read, and as the model was given it; None where it was given another one."""
+
+    sample: Sample
+    encoding: EncodedPrompt | None
 
 
 def _number(value: Any) -> Value:

@@ -19,7 +19,7 @@ from ..folder import EVALUATION, EVALUATION_ROWS, write_json
 from ..intake import Intake
 from ..models import load_model
 from ..models.families import placeholder_ids_by_kind
-from ..rewards import introduce
+from ..rewards import introduce, show_model
 from ..trained import config_of, template_of
 from .plan import BASE, Plan, Request
 
@@ -101,10 +101,10 @@ class _Job:
         if name == BASE:  # before a run that trained the model itself, which was loaded as the run loaded it
             assert plan.config is not None, "the plan refused any other"
             name, of, config = plan.config.model, plan.request.run, plan.config
+        self.yardstick = plan.yardstick = plan.fresh_yardstick()  # a reward model keeps the base that it stood on
         gc.collect()
         torch.cuda.empty_cache()
         model, processor = load_model(name, **plan.loading(of, config))
-        self.yardstick = plan.fresh_yardstick()
         return self._state("before", model, processor, name)
 
     def _pair(self, before: Evaluation, after: Evaluation) -> None:
@@ -121,6 +121,8 @@ class _Job:
         plan, request = self.plan, self.plan.request
         rewards = self.yardstick.rewards.values()
         introduce(rewards, processor=processor, media=plan.media, max_completion_length=plan.length)
+        intake = self._intake(model, processor, name)
+        show_model(rewards, model, template=intake.template, root=intake.root)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(f"{state}: {name}{f', {control}' if control else ''}", total=len(plan.rows))
             found = evaluate(
@@ -134,7 +136,7 @@ class _Job:
                 seed=request.seed,
                 batch_size=plan.batch_size,
                 max_new_tokens=plan.length,
-                intake=self._intake(model, processor, name),
+                intake=intake,
                 progress=lambda done: progress.update(task, completed=done),
                 keep=request.by,
             )

@@ -14,7 +14,7 @@ from ..evaluate import CONTROLS, Control, Yardstick, learned_yardstick, yardstic
 from ..evaluate.figures import Labels
 from ..evaluate.saving import check_savable
 from ..folder import EVALUATION
-from ..models import is_adapter, load_processor, looks_like_path
+from ..models import is_adapter, load_processor, looks_like_path, refuse_reward_model
 from ..trained import as_trained, command_of, config_of, run_home
 
 _LOG = logging.getLogger("vlm_grpo")
@@ -261,6 +261,7 @@ def _check_numbers(request: Request) -> None:
 
 def _check_model(name: str, what: str) -> None:
     path = Path(name).expanduser()
+    refuse_reward_model(path, what)
     if not path.is_dir():
         if looks_like_path(name) or not name.strip() or path.exists():
             raise ConfigError(f'{what}: the folder "{name}" does not exist. Correct the path, or give a hub name.')

@@ -8,7 +8,7 @@ from ..checkpoint import find_checkpoint
 from ..config import RunConfig, load_config
 from ..errors import ConfigError
 from ..folder import CONFIG
-from ..models import is_adapter
+from ..models import is_adapter, refuse_reward_model
 from ..models.hf import adapter_base
 
 
@@ -60,6 +60,7 @@ def read_source(run: str | Path) -> Source:
     folder = Path(run).expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(f"export: the folder {str(run)!r} does not exist. Give a run folder, or an adapter's.")
+    refuse_reward_model(folder, "export")
     adapter = is_adapter(str(folder))
     if not adapter and not (folder / "config.json").is_file():
         checkpoint, _ = find_checkpoint(folder)

@@ -2,7 +2,17 @@
 
 from .report import SharingReport
 from .rollout import unique, up_to_end
-from .sharing import GroupSharing
+from .sharing import GroupSharing, plain_model
 from .units import advice, from_units, to_units, unit_of
 
-__all__ = ["GroupSharing", "SharingReport", "advice", "from_units", "to_units", "unique", "unit_of", "up_to_end"]
+__all__ = [
+    "GroupSharing",
+    "SharingReport",
+    "advice",
+    "from_units",
+    "plain_model",
+    "to_units",
+    "unique",
+    "unit_of",
+    "up_to_end",
+]

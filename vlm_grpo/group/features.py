@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..collate import pad_and_concatenate
 from ..encode import EncodedPrompt
+from ..models.adapters import active_adapters
 from ..models.families import Family, tower_of
 from ..patches.transformers import answered_by
 
@@ -43,11 +44,14 @@ class Features:
         self._busy = False
 
     def frozen(self) -> tuple[str, ...]:
-        """The encoders whose towers are frozen, without adapters or copies: one that is switched off changes them."""
+        """The encoders whose towers are the base's as they are: not trained, and without an adapter or copy that is
+        active now. A reward model's, or the policy's, does not count while another role computes."""
         towers: dict[str, bool] = {}
+        active = active_adapters(self.model)
         for name, parameter in self.model.named_parameters():
             tower = tower_of(self.family, name)
-            kept = not parameter.requires_grad and "lora_" not in name and ".modules_to_save." not in name
+            adapter = _adapter_of(name)
+            kept = not parameter.requires_grad if adapter is None else adapter not in active
             towers[tower] = towers.get(tower, True) and kept
         return tuple(
             path
@@ -133,6 +137,13 @@ class Features:
             pass
         finally:
             handle.remove()
+
+
+def _adapter_of(name: str) -> str | None:
+    """The adapter that a parameter belongs to, a copy of a whole module included; None of the base's own."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts[:-1]) if part == "modules_to_save" or part.startswith("lora_")]
+    return parts[places[0] + 1] if places else None
 
 
 def _stop(module: Any, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of groups from packed rows."""
+"""Log-probabilities of groups from packed rows, and what a scalar head makes of them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..collate import collate
 from ..encode import EncodedPrompt
+from ..models.heads import last_hidden_state
 from .attention import packing
 from .features import Features
 from .layout import Layout
@@ -51,19 +52,44 @@ class Scorer:
         Raises:
             Unshareable: a prompt attends to its completions.
         """
+        layout = self._layout(encodings, completions, mask, prompt_width)
+        inputs = self._inputs(encodings, completions, layout)
+        labels = completions.masked_fill(mask == 0, -100)[..., : layout.width].flatten(1)
+        labels = torch.cat([labels.new_full((len(labels), layout.prefix), -100), labels], 1)
+        with self.features.of(encodings), packing(layout, self.fused), self.autocast():
+            out = self.model(**inputs, shift_labels=labels, fused_lm_head=True)
+        rest = (0, completions.shape[-1] - layout.width)
+        logps = pad(layout.unpack(out.log_probs), rest)
+        return logps, None if out.entropy is None else pad(layout.unpack(out.entropy), rest)
+
+    def values(
+        self, encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What a scalar head makes of the hidden state in front of each completion token, (n, G, T), 0 where ``mask``
+        is.
+
+        Args:
+            encodings, completions, mask: as in ``groups``.
+            head: hidden states (..., H) to numbers (...).
+
+        Raises:
+            Unshareable: a prompt attends to its completions.
+        """
+        layout = self._layout(encodings, completions, mask)
+        inputs = self._inputs(encodings, completions, layout)
+        with self.features.of(encodings), packing(layout, self.fused), self.autocast():
+            found = layout.unpack(head(last_hidden_state(self.plain, **inputs)))
+        return pad(found, (0, completions.shape[-1] - layout.width)).masked_fill(mask == 0, 0.0)
+
+    def _layout(
+        self, encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor, prompt_width: int = 0
+    ) -> Layout:
+        """The sizes of the packed rows of these groups."""
         width, length = completions.shape[-1], max(prompt_width, *(len(e.input_ids) for e in encodings))
         if len(encodings) == 1:  # alone, what is padding for other groups is left out
             real = mask[0].any(0).nonzero()
             width, length = int(real[-1]) + 1 if len(real) else 1, len(encodings[0].input_ids)
-        layout = Layout(length - 1, completions.shape[1], width)
-        inputs = self._inputs(encodings, completions, layout)
-        labels = completions.masked_fill(mask == 0, -100)[..., :width].flatten(1)
-        labels = torch.cat([labels.new_full((len(labels), layout.prefix), -100), labels], 1)
-        with self.features.of(encodings), packing(layout, self.fused), self.autocast():
-            out = self.model(**inputs, shift_labels=labels, fused_lm_head=True)
-        rest = (0, completions.shape[-1] - width)
-        logps = pad(layout.unpack(out.log_probs), rest)
-        return logps, None if out.entropy is None else pad(layout.unpack(out.entropy), rest)
+        return Layout(length - 1, completions.shape[1], width)
 
     def encode(self, encodings: list[EncodedPrompt], device: Any) -> None:
         """Encode the media of prompts that share a forward, where their towers are frozen."""

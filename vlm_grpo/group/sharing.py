@@ -17,6 +17,7 @@ from ..errors import SharingError
 from ..models.families import Family, together
 from ..patches.unsloth_modes import own_generate
 from .attention import install, is_installed, uninstall
+from .comparing import compare, gap
 from .features import Features
 from .forward import Scorer
 from .idle import Moved, without_gradient, zero_gradients
@@ -25,10 +26,6 @@ from .reasons import Unshareable, reason_against
 from .rollout import Prompts, generate, generation_reason
 
 _LOG = logging.getLogger("vlm_grpo")
-# The largest difference of a log-probability or logit that rounding explains.
-_TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 5e-2
-# In 16 bits, by how much a single token may differ more than the average of its row.
-_ONE_TOKEN = 20
 _CHECKED_TOKENS, _CHECKED_PROMPTS = 3, 2  # the second prompt shows what is left of the first
 
 
@@ -163,7 +160,7 @@ class GroupSharing:
                 scorer.encode(prompts, completions.device)
                 with without_gradient(completions.device) if skip else nullcontext():
                     out, entropy = scorer.groups(prompts, completions[index], mask[index], prompt_width)
-                self._check(own, prompts, out, groups, mask[index], plain)
+                self._check("log-probabilities", own, prompts, out, groups, mask[index], plain)
             except Unshareable as error:
                 self.refuse(str(error))
                 return None
@@ -175,6 +172,41 @@ class GroupSharing:
         if skipped:
             logps = logps + zero_gradients(own, self.family, skipped, self.moved.names or None)
         return logps, entropies
+
+    def values(
+        self,
+        model: Any,
+        head: Callable[[Tensor], Tensor],
+        completions: Tensor,
+        mask: Tensor,
+        encodings: list[EncodedPrompt],
+        plain: Callable[[Any, list[int]], Tensor],
+        batch_size: int,
+    ) -> Tensor | None:
+        """A scalar head's numbers (B, T) in front of each completion token, of each prompt once; else as ``logps``.
+
+        Args:
+            head: hidden states (..., H) to numbers (...).
+            plain: the numbers (len(rows), T) of some rows of this batch without sharing, for the check.
+        """
+        own = plain_model(model)
+        features = self._features[id(own)]
+        scorer = Scorer(model, own, features, self.autocast, self.fused)
+        values = torch.zeros(completions.shape, device=completions.device)
+        for groups in self._forwards(own, encodings, [False] * len(encodings), batch_size):
+            index = torch.tensor(groups, device=completions.device)  # (n, G)
+            prompts = [encodings[rows[0]] for rows in groups]
+            before = features.encodes
+            try:
+                scorer.encode(prompts, completions.device)
+                out = scorer.values(prompts, completions[index], mask[index], head)
+                self._check("values", own, prompts, out, groups, mask[index], plain)
+            except Unshareable as error:
+                self.refuse(str(error))
+                return None
+            self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
+            values = values.index_copy(0, index.flatten(), out.flatten(0, 1))
+        return values
 
     def _forwards(
         self, model: Any, encodings: list[EncodedPrompt], idle: list[bool], batch_size: int
@@ -199,46 +231,28 @@ class GroupSharing:
 
     def _check(
         self,
+        what: str,
         model: Any,
         prompts: list[EncodedPrompt],
-        logps: Tensor,
+        found: Tensor,
         groups: list[list[int]],
         mask: Tensor,
         plain: Callable[[Any, list[int]], Tensor],
     ) -> None:
-        """On the first prompts of each kind: the same as their rows without sharing."""
+        """On the first prompts of each kind: the same numbers as their rows have without sharing."""
         for number, (encoded, rows) in enumerate(zip(prompts, groups, strict=True)):
-            checked = self._checked.setdefault((id(model), len(rows) > 1, *sorted(encoded.media)), [])
+            checked = self._checked.setdefault((what, id(model), len(rows) > 1, *sorted(encoded.media)), [])
             if id(encoded) in checked or len(checked) == _CHECKED_PROMPTS or not bool(mask[number].any()):
                 continue
             few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
-            with without_gradient(logps.device):
+            with without_gradient(found.device):
                 expected = plain(model, [rows[place] for place in few])
-            found = logps[number].detach()[few]
-            if not bool(expected.isfinite().all()) and not bool(found.isfinite().all()):
+            own = found[number].detach()[few]
+            if not bool(expected.isfinite().all()) and not bool(own.isfinite().all()):
                 continue  # numbers that explode with sharing and without: no difference, and the run's own matter
             low, counts = self._is_16_bit(model), mask[number][few]
-            self._compare("log-probabilities", (found - expected).abs(), counts, low, expected * counts)
+            compare(what, (own - expected).abs(), counts, low, expected * counts)
             checked.append(id(encoded))
-
-    def _compare(self, what: str, difference: Tensor, counts: Tensor, low: bool, values: Tensor) -> None:
-        """Raise where a difference (rows, tokens) is more than rounding: of a token, or in 16 bits of a row's average.
-
-        The spacing of 16-bit logits grows with them, so there one token proves little, and the largest of the
-        ``values`` that were rounded counts.
-        """
-        difference = difference.masked_fill(counts == 0, 0.0)  # what does not count may be NaN
-        worst, tolerance = difference.max(), _TOLERANCE
-        if low:
-            average = (difference.sum(1) / counts.sum(1).clamp(min=1)).max()
-            worst = torch.maximum(average, worst / _ONE_TOKEN)
-            largest = values.masked_fill(~values.isfinite(), 0.0).abs().max()
-            tolerance = max(_TOLERANCE_16_BIT, torch.finfo(torch.bfloat16).eps * float(largest))
-        if not float(worst) <= tolerance:
-            raise Unshareable(
-                f"the {what} of the first groups differ by {float(worst):.1e} from those without sharing "
-                f"(at most {tolerance:.0e} is rounding)"
-            )
 
     def _is_16_bit(self, model: Any) -> bool:
         with self.autocast():
@@ -327,33 +341,13 @@ class GroupSharing:
             shared = generate(model, features, inputs, prompts.tokens, index, greedy, own)
         plain = own(**prompts.inputs(pad, device, index.tolist()), generation_config=greedy)
         low = self._is_16_bit(model)
-        self._compare("logits", *_gap(shared, plain, low), low, torch.stack(plain.logits))
+        compare("logits", *gap(shared, plain, low), low, torch.stack(plain.logits))
         self._checked[kind] = []
 
 
 def _trained(features: Features, prompts: list[EncodedPrompt]) -> int:
     """The prompts whose media a trained tower encodes, each time anew."""
     return sum(bool(encoded.media) and not features.keeps(encoded) for encoded in prompts)
-
-
-def _gap(shared: Any, plain: Any, low: bool) -> tuple[Tensor, Tensor]:
-    """Differences of the logits (B, steps), and where they count: up to the first token in which two rows differ.
-
-    What follows that token has other inputs. A difference is the largest of a token's logits; in 16 bits that of the
-    log-probabilities, as it is expected of a token that is sampled.
-    """
-    steps = len(plain.logits)
-    same = (shared.sequences[:, -steps:] == plain.sequences[:, -steps:]).int()
-    before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], 1).cumprod(1)  # (B, steps)
-
-    def gap(found: Tensor, expected: Tensor) -> Tensor:
-        if not low:
-            return (found - expected).abs().masked_fill(found == expected, 0.0).amax(-1)  # also where both are infinite
-        found, expected = found.float().log_softmax(-1), expected.float().log_softmax(-1)
-        known = expected.isfinite()  # suppressed tokens are not
-        return (expected.exp() * (found - expected).abs()).masked_fill(~known, 0.0).sum(-1)
-
-    return torch.stack([gap(a, b) for a, b in zip(shared.logits, plain.logits, strict=True)], 1), before
 
 
 def plain_model(model: Any) -> Any:

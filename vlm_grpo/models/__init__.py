@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from ..options import LoraOptions
     from ..parts import Part, Parts
 
-__all__ = ["check_trainable", "import_unsloth_first", "is_adapter", "load_model"]
+__all__ = [
+    "REWARD_MODEL",
+    "check_trainable",
+    "import_unsloth_first",
+    "is_adapter",
+    "is_reward_model",
+    "load_model",
+    "refuse_reward_model",
+]
+
+REWARD_MODEL = "reward_model.json"  # in the folder of a reward model
 
 _LOG = logging.getLogger("vlm_grpo")
 
@@ -115,6 +125,25 @@ def import_unsloth_first(backend: Backend, trains_adapter: bool) -> None:
 def is_adapter(path: str) -> bool:
     """Whether a folder holds a PEFT adapter rather than a whole model."""
     return (Path(path) / "adapter_config.json").is_file()
+
+
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a folder holds a reward model: a run of ``reward train``, or one of its checkpoints."""
+    return (Path(path).expanduser() / REWARD_MODEL).is_file()
+
+
+def refuse_reward_model(path: str | Path, what: str) -> None:
+    """Refuse a reward model where a policy is asked for.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if is_reward_model(path):
+        again = " The same reward train command again continues its run." if what == "reward train" else ""
+        raise ConfigError(
+            f"{what}: {path} is a reward model, which scores answers and writes none. Give the model it was trained "
+            f"from, or use it as a reward: rewards: [{{model: {path}}}].{again}"
+        )
 
 
 def check_trainable(name: str, load_in_4bit: bool, parts: "Parts") -> None:

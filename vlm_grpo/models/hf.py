@@ -179,6 +179,7 @@ def _load_adapter(
             )
         base = base.merge_and_unload()
     model = _read(folder, "adapter", PeftModel.from_pretrained, base, is_trainable=True)
+    model.peft_config["default"].base_model_name_or_path = base_name  # a path relative to this folder, saved elsewhere
     finish_copies(model, folder)
     if lora is not None or parts.given:
         check_same_adapter(folder, model, lora, parts)

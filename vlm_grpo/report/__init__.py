@@ -2,6 +2,7 @@
 
 from .curves import draw_curves
 from .page import PAGE, write_report
+from .pairs import verdicts
 from .previews import MediaFolder
 from .records import duration, read_jsonl
 from .sheet import contact_sheet, filmstrip, spectrogram
@@ -21,5 +22,6 @@ __all__ = [
     "filmstrip",
     "read_jsonl",
     "spectrogram",
+    "verdicts",
     "write_report",
 ]

@@ -4,19 +4,22 @@ matplotlib is imported inside the functions and only ever through ``Figure`` obj
 no display, and nothing to close.
 """
 
-import io
 import math
-import re
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .drawing import Drawing, as_svg, look, page_look, strip
+from .facts import read_config
 from .records import duration, finite, number, read_jsonl, series
-from .style import HUES, INK, MUTED, PAPER, RULE, VARIABLES, save
+from .style import HUES, INK, MUTED, PAPER, VARIABLES, save
+from .weights import Rewards, logged_rewards, rewards_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 _NAMES = {"dead_low": "all lowest", "dead_high": "all highest"}
 _MOST_POINTS = 1200  # of one line; a picture is not wider
@@ -27,7 +30,9 @@ class Panel(NamedTuple):
     """One panel: the metric drawn, and the metrics that band it (from ``low`` to ``high``, or ± ``spread``).
 
     Metrics whose names begin with ``parts`` (and end with ``/mean``, where some do) are drawn into it by their names.
-    ``otherwise`` is drawn where a run has not logged the metric itself.
+    ``otherwise`` is drawn where a run has not logged the metric itself. Of ``parts`` only ``names`` are drawn, where
+    these are given. ``chance`` is a level to be above. ``label`` stands beside the axis, and ``below`` is drawn under
+    the panel, over the same steps.
     """
 
     title: str
@@ -38,12 +43,19 @@ class Panel(NamedTuple):
     smooth: bool = True
     parts: str = ""
     otherwise: str = ""
+    names: tuple[str, ...] | None = None
+    chance: float | None = None
+    label: str = ""
+    below: "Panel | None" = None
 
 
 PANELS = (
     Panel("reward", "reward", spread="reward_std", parts="rewards/"),
+    Panel("share of pairs judged right", "accuracy", chance=0.5),
     Panel("completion length (tokens)", "completions/mean_length", "completions/min_length", "completions/max_length"),
     Panel("loss", "loss"),
+    Panel("margin: score of chosen − rejected", "margin", chance=0.0),
+    Panel("score: mean, lowest to highest", "mean_reward", "min_reward", "max_reward"),
     Panel("entropy (nats)", "entropy"),
     Panel("KL to the reference (nats)", "kl"),
     Panel("groups with equal rewards (share)", "groups/dead", parts="groups/dead_", otherwise="frac_reward_zero_std"),
@@ -53,27 +65,12 @@ PANELS = (
 )
 
 
-class Drawing(NamedTuple):
-    """One panel for a page.
-
-    Attributes:
-        title: what it shows.
-        story: its first and last value in words, for those who do not see it.
-        svg: the picture, whose colours are CSS variables (``style.VARIABLES``) and whose ids are its own.
-        lines: name and CSS variable of each line, where there are several kinds.
-    """
-
-    title: str
-    story: str
-    svg: str
-    lines: list[tuple[str, str]]
-
-
 def draw_curves(metrics_file: Path, out: Path, title: str = "") -> bool:
     """Draw the learning curves of a run.
 
     A panel appears when its metric has at least one finite value; ``eval_`` values are drawn as points on the panel of
-    their metric. Faint lines are the raw values, strong lines a centred moving average.
+    their metric. Faint lines are the raw values, strong lines a centred moving average. The config.yaml beside the
+    metrics tells which rewards count and which are only watched.
 
     Args:
         metrics_file: metrics.jsonl, one object a logging step; a missing file counts as empty.
@@ -87,14 +84,17 @@ def draw_curves(metrics_file: Path, out: Path, title: str = "") -> bool:
     from matplotlib.figure import Figure
 
     records = list(read_jsonl(metrics_file)) if metrics_file.exists() else []
-    panels = _panels(records)
+    rewards = rewards_of(read_config(metrics_file.parent)[1], logged_rewards(records))
+    panels = _panels(records, rewards)
+    if panels and (judged := _judged(records, rewards)) is not None:
+        panels.insert(1, judged)
     if not panels:
         return False
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     # The first panel is the one people look for: it takes the cells that the last row would leave empty.
     spare = rows * columns - len(panels)
-    with rc_context(_style()):
+    with rc_context(look()):
         figure = Figure(figsize=(4.1 * columns, 2.6 * rows + 0.7), dpi=120, facecolor=PAPER, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10, hspace=0.04, wspace=0.04)  # type: ignore[union-attr]
         figure.suptitle(_heading(records, title or metrics_file.resolve().parent.name), x=0.012, ha="left", fontsize=12)
@@ -103,72 +103,100 @@ def draw_curves(metrics_file: Path, out: Path, title: str = "") -> bool:
             place = 0 if index == 0 else index + spare
             row, column = divmod(place, columns)
             width = 1 + spare if index == 0 else 1
-            axes = figure.add_subplot(grid[row, column : column + width])
-            axes.set_title(panel.title, loc="left", fontsize=10, color=INK, pad=6)
-            _draw_panel(axes, panel, records)
+            top, *_ = _draw_stack(figure, grid[row, column : column + width], panel, records)
+            top.set_title(panel.title, loc="left", fontsize=10, color=INK, pad=6)
         _draw_legends(figure.axes)
         save(figure.savefig, out)
     return True
 
 
-def curve_drawings(records: list[dict[str, Any]]) -> list[Drawing]:
+def curve_drawings(records: list[dict[str, Any]], rewards: Rewards | None = None) -> list[Drawing]:
     """The panels of ``draw_curves`` one by one, for a page.
 
     Args:
         records: the lines of metrics.jsonl.
+        rewards: of the run.
     """
+    panels = _panels(records, rewards or Rewards({}))
+    return [_drawing(panel, records, f"curve-{place}", 2.3) for place, panel in enumerate(panels)]
+
+
+def judged_drawing(records: list[dict[str, Any]], rewards: Rewards) -> Drawing | None:
+    """The judge's score and the truth, one above the other, for a page; None where one of them has no value."""
+    panel = _judged(records, rewards)
+    return None if panel is None else _drawing(panel, records, "judged", 3.4)
+
+
+def _drawing(panel: Panel, records: list[dict[str, Any]], name: str, height: float) -> Drawing:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    drawings = []
-    with rc_context({**_style(), "svg.fonttype": "none", "svg.hashsalt": "vlm-grpo"}):
-        for place, panel in enumerate(_panels(records)):
-            figure = Figure(figsize=(4.1, 2.3), layout="constrained")
-            axes = figure.add_subplot()
-            _draw_panel(axes, panel, records)
-            text = io.StringIO()
-            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            svg = _for_page(text.getvalue(), f"curve-{place}")
-            named = [(str(line.get_label()), VARIABLES[str(line.get_color())]) for line in axes.lines]
-            lines = [(label, colour) for label, colour in named if not label.startswith("_")]
-            drawings.append(Drawing(panel.title, _story(panel, records), svg, lines))
-    return drawings
+    with rc_context(page_look()):
+        figure = Figure(figsize=(4.1, height), layout="constrained")
+        filled = _draw_stack(figure, figure.add_gridspec(1, 1)[0, 0], panel, records)
+        named = [(str(line.get_label()), str(line.get_color())) for axes in filled for line in axes.lines]
+        lines = [(label, VARIABLES[colour]) for label, colour in named if not label.startswith("_")]
+        return Drawing(panel.title, _story(panel, records), as_svg(figure, name), lines)
 
 
-def _for_page(svg: str, name: str) -> str:
-    """matplotlib's file as an element of a page: no prologue, no comments, ids of its own, colours by variable."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(f": {colour}", f": var({variable})")
-    head, rest = svg.split(">", 1)
-    size = re.search(r'viewBox="([^"]*)"', head)
-    assert size, "matplotlib writes a viewBox"
-    return f'<svg viewBox="{size[1]}" aria-hidden="true" focusable="false">{rest}'
+def _draw_stack(figure: "Figure", place: "SubplotSpec", panel: Panel, records: list[dict[str, Any]]) -> "list[Axes]":
+    """Draw a panel into a place, and what is below it: two axes, since a scale that both had would favour one."""
+    if panel.below is None:
+        axes = figure.add_subplot(place)
+        _draw_panel(axes, panel, records)
+        return [axes]
+    inner = place.subgridspec(2, 1)
+    top = figure.add_subplot(inner[0])
+    bottom = figure.add_subplot(inner[1], sharex=top)
+    _draw_panel(top, panel, records)
+    _draw_panel(bottom, panel.below, records)
+    top.set_xlabel("")
+    top.tick_params(labelbottom=False)
+    return [top, bottom]
 
 
 def _story(panel: Panel, records: list[dict[str, Any]]) -> str:
-    steps, values = series(records, panel.key)
+    lines = {panel.label: series(records, panel.key)}
+    if not panel.key:
+        lines = _parts(records, panel, [])
+    if panel.below is not None:
+        lines[panel.below.label] = series(records, panel.below.key)
+    named = [
+        f"{name} {_ends(*line)}" if len(lines) > 1 or not panel.key else _ends(*line) for name, line in lines.items()
+    ]
+    return "; ".join(named)
+
+
+def _ends(steps: list[float], values: list[float]) -> str:
     if not values:
         return ""
     first, last = (f"{number(values[at])} at step {steps[at]:.0f}" for at in (0, -1))
     return last if len(values) == 1 else f"{first}, {last}"
 
 
-def _style() -> dict[Any, Any]:
-    style = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": RULE}
-    # A reward may be called anything, and between two dollar signs matplotlib would read a formula.
-    return style | {"xtick.color": MUTED, "ytick.color": MUTED, "axes.labelcolor": MUTED, "text.parse_math": False}
-
-
-def _panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """The panels that have a value."""
+def _panels(records: list[dict[str, Any]], rewards: Rewards) -> list[Panel]:
+    """The panels that have a value. What a run only watches is no part of its reward, and has a panel of its own."""
+    panels = [_in_use(panel, records) for panel in PANELS]
+    if rewards.watched:
+        paid = tuple(name for name in rewards.weights if name not in rewards.watched)
+        panels[0] = panels[0]._replace(names=paid)
+        apart = () if _judged(records, rewards) is None else (rewards.judge, rewards.truth)
+        others = tuple(name for name in rewards.watched if name not in apart)
+        panels.insert(1, Panel("watched only, no part of the reward", "", parts="rewards/", names=others))
     return [
         panel
-        for panel in (_in_use(panel, records) for panel in PANELS)
+        for panel in panels
         if series(records, panel.key)[0] or series(records, f"eval_{panel.key}")[0] or _parts(records, panel, [])
     ]
+
+
+def _judged(records: list[dict[str, Any]], rewards: Rewards) -> Panel | None:
+    """The judge's score above the truth."""
+    keys = [f"rewards/{name}/mean" for name in (rewards.judge, rewards.truth)]
+    if not rewards.judge or not all(series(records, key)[0] for key in keys):
+        return None
+    truth = Panel("", keys[1], label=f"true {_label(rewards.truth)}")
+    return Panel("score and truth", keys[0], label="judge's score", below=truth)
 
 
 def _in_use(panel: Panel, records: list[dict[str, Any]]) -> Panel:
@@ -197,6 +225,9 @@ def _draw_panel(axes: "Axes", panel: Panel, records: list[dict[str, Any]]) -> No
     positive = [value for value in values if value > 0]
     if panel.key == "grad_norm" and len(positive) == len(values) > 1 and max(positive) > 100 * min(positive):
         axes.set_yscale("log")
+    if panel.chance is not None:
+        axes.axhline(panel.chance, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylabel(panel.label, fontsize=8)
     _dress(axes)
 
 
@@ -205,11 +236,7 @@ def _dress(axes: "Axes") -> None:
 
     axes.yaxis.set_major_formatter(FuncFormatter(number))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.margins(x=0.015)
+    strip(axes)
     axes.set_xlabel("step", fontsize=8)
 
 
@@ -261,8 +288,8 @@ def _parts(records: list[dict[str, Any]], panel: Panel, total: list[float]) -> d
     keys = dict.fromkeys(key for record in records for key in record if key.startswith(panel.parts))
     means = [key for key in keys if key.endswith("/mean")]
     parts = {key.split("/", 1)[1].removesuffix("/mean"): series(records, key) for key in means or keys}
-    parts = {name: found for name, found in parts.items() if found[0]}
-    if len(parts) == 1:
+    parts = {name: found for name, found in parts.items() if found[0] and (panel.names is None or name in panel.names)}
+    if len(parts) == 1 and panel.key:
         (only,) = parts.values()
         same = len(only[1]) == len(total) and all(
             math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(only[1], total, strict=True)

@@ -1,14 +1,17 @@
 """What a page says of a run in words and figures: its options, how it ended, what it answers on held-out rows."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from ..config import said_as
 from .embed import short
 from .records import duration, finite, number
 
+REWARD_TRAIN = "reward-train"
+UNREWARDED = ("sft", REWARD_TRAIN)  # commands that learn from no rewards, and write no samples
 _STATES = {"before": "before training", "after": "after training"}
 _CONTROLS = {"blank": "media blanked", "shuffle": "other rows' media", "text": "media left out"}
 _OPTIONS = {
@@ -94,12 +97,15 @@ def run_facts(
 ) -> list[tuple[str, str]]:
     """(name, value) of what the run was made from and with."""
     data, train = _mapping(config.get("data")), _mapping(config.get("train"))
-    facts = [("command", f"vlm-grpo {command}" if command else "")]
+    facts = [("command", f"vlm-grpo {said_as(command)}" if command else "")]
     facts += [("model", _name(config.get("model"))), ("trained", _trained(config))]
-    facts += [("training rows", _name(data.get("train"))), ("held-out rows", _name(data.get("eval")))]
-    facts += [("rewards", ", ".join(_rewards(config)) if command != "sft" else "")]
+    rows = "pairs" if command == REWARD_TRAIN else "rows"
+    facts += [(f"training {rows}", _name(data.get("train"))), (f"held-out {rows}", _name(data.get("eval")))]
+    paid, watched = _rewards(config) if command not in UNREWARDED else ([], [])
+    facts += [("rewards", ", ".join(paid)), ("watched, no part of the reward", ", ".join(watched))]
+    facts += [("captions for the judge", _name(_mapping(config.get("judge")).get("captions")))]
     facts += [("prompts left out", _counts(result.get("left_out")))]
-    facts += [(title, _text(train.get(key))) for key, title in _OPTIONS.items()]
+    facts += [(title, as_text(train.get(key))) for key, title in _OPTIONS.items()]
     facts += [("made with", ", ".join(versions))]
     return [(name, value) for name, value in facts if value]
 
@@ -122,31 +128,18 @@ def evaluation_facts(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), _name(value)) for name, value in facts if isinstance(value, (str, int, float)) and value != ""]
 
 
-def reward_weights(config: dict[str, Any]) -> list[float]:
-    """The weights of the rewards in the config's order; empty where one is unknown."""
-    specs = config.get("rewards")
-    weights = [finite(_mapping(spec).get("weight", 1.0)) for spec in specs] if isinstance(specs, list) else []
-    known = [weight for weight in weights if weight is not None]
-    return known if len(known) == len(weights) else []
+def outcome(evaluation: dict[str, Any], watched: Collection[str] = ()) -> Outcome | None:
+    """The figures of evaluation.json; None where it has none.
 
-
-def outcome(evaluation: dict[str, Any]) -> Outcome | None:
-    """The figures of evaluation.json; None where it has none."""
-    titles = {**_STATES, **_compared(evaluation)}
-    after = titles["after"].removesuffix(" training")
-    titles |= {key: f"{after}, {control}" for key, control in controls_of(evaluation).items()}
-    found = {title: _mapping(evaluation.get(key)) for key, title in titles.items()}
-    found = {title: state for title, state in found.items() if finite(state.get("accuracy")) is not None}
+    Args:
+        evaluation: the file's object.
+        watched: names of rewards that are no part of the reward.
+    """
+    found = states_of(evaluation)
     if not found:
         return None
-    states = []
-    for title, state in found.items():
-        # Without a verdict on any row there is an accuracy of nothing: 0, between 0 and 1.
-        judged = not state.get("unscored") or state.get("unscored") != state.get("rows")
-        low, high = _interval(state.get("ci95")) if judged else (None, None)
-        accuracy = finite(state.get("accuracy")) if judged else None
-        states.append(State(title, accuracy, low, high, _text(state.get("rows"))))
-    flat = [_flat(state) for state in found.values()]
+    states = [state_of(title, state) for title, state in found.items()]
+    flat = [_flat(state, watched) for state in found.values()]
     names = dict.fromkeys(name for state in flat for name in state)
     further = [(name, [state.get(name) or "–" for state in flat]) for name in names]
     baseline = _mapping(evaluation.get("settings")).get("baseline")
@@ -155,7 +148,25 @@ def outcome(evaluation: dict[str, Any]) -> Outcome | None:
         if baseline not in (None, "base")
         else "Training changed the accuracy"
     )
-    return Outcome(states, _change(_mapping(evaluation.get("change")), words), further, _parts(found))
+    return Outcome(states, change_of(_mapping(evaluation.get("change")), words), further, _parts(found))
+
+
+def states_of(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What evaluation.json holds of each state, by whose answers they are; those without an accuracy are left out."""
+    titles = {**_STATES, **_compared(evaluation)}
+    after = titles["after"].removesuffix(" training")
+    titles |= {key: f"{after}, {control}" for key, control in controls_of(evaluation).items()}
+    found = {title: _mapping(evaluation.get(key)) for key, title in titles.items()}
+    return {title: state for title, state in found.items() if finite(state.get("accuracy")) is not None}
+
+
+def state_of(title: str, state: dict[str, Any]) -> State:
+    """A line of the held-out table."""
+    # Without a verdict on any row there is an accuracy of nothing: 0, between 0 and 1.
+    judged = not state.get("unscored") or state.get("unscored") != state.get("rows")
+    low, high = interval(state.get("ci95")) if judged else (None, None)
+    accuracy = finite(state.get("accuracy")) if judged else None
+    return State(title, accuracy, low, high, as_text(state.get("rows")))
 
 
 def _compared(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -173,33 +184,35 @@ def controls_of(evaluation: dict[str, Any]) -> dict[str, str]:
     return {key: _CONTROLS.get(kind, f"media changed ({kind})") for key, kind in kinds.items()}
 
 
-def _flat(state: dict[str, Any]) -> dict[str, str]:
+def _flat(state: dict[str, Any], watched: Collection[str]) -> dict[str, str]:
     """The further figures of a state, by name."""
     out: dict[str, str] = {}
     for key in ("reward", "war", "uar"):
         if finite(state.get(key)) is not None:
-            out[{"reward": "mean reward"}.get(key, key.upper())] = _text(state[key])
+            out[{"reward": "mean reward"}.get(key, key.upper())] = as_text(state[key])
     rewards = _mapping(state.get("rewards"))
     if len(rewards) > 1 or "reward" not in state:
-        out |= {f"mean of {short(str(name))}": _text(value) for name, value in rewards.items()}
-    out |= {f"pass@{k}": _text(value) for k, value in _mapping(state.get("pass@k")).items()}
+        for name, value in rewards.items():
+            out[f"mean of {short(str(name))}" + (" (watched)" if name in watched else "")] = as_text(value)
+    out |= {f"pass@{k}": as_text(value) for k, value in _mapping(state.get("pass@k")).items()}
     for name, value in _mapping(state.get("yes_no")).items():
-        out[f"yes/no {str(name).replace('_', ' ')}"] = _text(value)
+        out[f"yes/no {str(name).replace('_', ' ')}"] = as_text(value)
     for key, title in (("unscored", "rows without a verdict"), ("left_out", "left out"), ("failed", "failed rewards")):
         if state.get(key):
             out[title] = _counts(state[key])
     return out
 
 
-def _change(change: dict[str, Any], words: str) -> str:
-    difference, (low, high) = finite(change.get("difference")), _interval(change.get("ci95"))
+def change_of(change: dict[str, Any], words: str, of: str = "rows") -> str:
+    """``words by +2.0 points (95% interval ...)``: what evaluation.json says of the change; empty where nothing."""
+    difference, (low, high) = finite(change.get("difference")), interval(change.get("ci95"))
     if difference is None or change.get("rows") == 0:
         return ""
     words += f" by {100 * difference:+.1f} points"
     words += f" (95% interval {100 * low:+.1f} to {100 * high:+.1f})" if low is not None and high is not None else ""
     p, rows = finite(change.get("p")), finite(change.get("rows"))
     small = "p < 0.001" if p is not None and p < 0.001 else f"p = {p:.3f}" if p is not None else ""
-    paired = f"the same {rows:.0f} rows before and after" if rows is not None else ""
+    paired = f"the same {rows:.0f} {of} before and after" if rows is not None else ""
     return "; ".join(part for part in (words, small, paired) if part) + "."
 
 
@@ -215,19 +228,20 @@ def _parts(found: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], list[
         for value in values:
             cells = {key: _mapping(part.get(value)) for key, part in by.items()}
             rows = next((cell["rows"] for cell in cells.values() if cell.get("rows") is not None), None)
-            lines.append((str(value) or "(none)", [_text(rows), *(_share(cell) for cell in cells.values())]))
+            lines.append((str(value) or "(none)", [as_text(rows), *(_share(cell) for cell in cells.values())]))
         out.append((str(column), headings, lines))
     return out
 
 
 def _share(cell: dict[str, Any]) -> str:
-    accuracy, (low, high) = finite(cell.get("accuracy")), _interval(cell.get("ci95"))
+    accuracy, (low, high) = finite(cell.get("accuracy")), interval(cell.get("ci95"))
     if accuracy is None:
         return "–"
     return f"{accuracy:.1%}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None and high is not None else "")
 
 
-def _interval(value: Any) -> tuple[float | None, float | None]:
+def interval(value: Any) -> tuple[float | None, float | None]:
+    """The two ends of an interval; None where it has none."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None, None
     return finite(value[0]), finite(value[1])
@@ -237,29 +251,39 @@ def _trained(config: dict[str, Any]) -> str:
     lora = config.get("lora")
     base = "4-bit base, " if config.get("load_in_4bit") else ""
     if isinstance(lora, dict):
-        return f"{base}LoRA of rank {_text(lora.get('r'))}"
+        return f"{base}LoRA of rank {as_text(lora.get('r'))}"
     return f"{base}all weights" if "lora" in config else ""
 
 
-def _rewards(config: dict[str, Any]) -> list[str]:
+def _rewards(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The rewards with their weights, and those of weight 0."""
     specs = config.get("rewards")
     found = [_mapping(spec) for spec in specs] if isinstance(specs, list) else []
-    return [f"{_name(spec.get('name'))} × {_text(spec.get('weight', 1.0))}" for spec in found]
+    paid, watched = [], []
+    for spec in found:
+        judge = _name(_mapping(spec.get("kwargs")).get("model"))
+        name, weight = _name(spec.get("name")) + (f" ({judge})" if judge else ""), spec.get("weight", 1.0)
+        if finite(weight) == 0:
+            watched.append(name)
+        else:
+            paid.append(f"{name} × {as_text(weight)}")
+    return paid, watched
 
 
 def _name(value: Any) -> str:
     """A name as others know it: of a path, its last part; a name with one slash is a hub's."""
-    text = _text(value)
+    text = as_text(value)
     return short(text) if text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text else text
 
 
 def _counts(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{short(str(name))}: {_text(count)}" for name, count in value.items())
-    return _text(value)
+        return ", ".join(f"{short(str(name))}: {as_text(count)}" for name, count in value.items())
+    return as_text(value)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Any value as a short text."""
     found = finite(value)
     text = number(found) if found is not None else "" if value is None else str(value)
     if isinstance(value, int) and not isinstance(value, bool):

@@ -56,12 +56,13 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a page: ``name`` is its id, ``note`` says what is left out of it."""
+    """A table of a page: ``name`` is its id, ``note`` says what is left out, ``sorted_by`` is a column's title."""
 
     name: str
     note: str
     columns: list[Column]
     rows: list[Row]
+    sorted_by: str = ""
 
 
 def samples_table(path: Path, embedder: Embedder, weights: Sequence[float] = ()) -> Table | None:
@@ -122,7 +123,9 @@ def _ends_first(indices: list[int]) -> list[int]:
 def _samples(records: list[tuple[int, Any]], embedder: Embedder, weights: Sequence[float], note: str) -> Table:
     every = [record for _, record in records]
     names = list(dict.fromkeys(str(name) for record in every for name in _rewards(record)))
-    with_sum = len(names) > 1 and len(weights) == len(names)
+    weight_of = dict(zip(names, weights, strict=True)) if len(weights) == len(names) else {}
+    watched = [name for name, weight in weight_of.items() if weight == 0]
+    with_sum = len(names) > 1 and bool(weight_of)
     logged = list(dict.fromkeys(str(key) for record in every for key in record if key not in _OURS))
     extra = [key for key in logged if any(record.get(key) not in (None, "") for record in every)]
     with_media = any(record.get("media") or record.get("media_files") for record in every)
@@ -131,19 +134,20 @@ def _samples(records: list[tuple[int, Any]], embedder: Embedder, weights: Sequen
     columns += [Column("prompt", "long", True), Column("completion", "long")]
     columns += [Column(name, "text") for name in extra]
     columns += [Column("reward", "number")] if with_sum else []
-    columns += [Column(name, "number") for name in names] + [Column("advantage", "number")]
+    columns += [Column(f"{name} (watched)" if name in watched else name, "number") for name in names]
+    columns += [Column("advantage", "number")]
     values = {name: [finite(_rewards(record).get(name)) for record in every] for name in names}
     sums = [_weighted([values[name][row] for name in names], weights) for row in range(len(every))] if with_sum else []
     advantages = [finite(record.get("advantage")) for record in every]
     rows = []
     for place, (group, record) in enumerate(records):
-        cells = [_number(record.get("step"))]
+        cells = [number_cell(record.get("step"))]
         cells += [Cell(media=tuple(embedder.place(record)))] if with_media else []
         cells += [text_cell(shortened(record)), text_cell(record.get("completion"), empty=_NOTHING)]
         cells += [text_cell(record.get(name)) for name in extra]
-        cells += [_number(sums[place], sums)] if with_sum else []
-        cells += [_number(values[name][place], values[name]) for name in names]
-        rows.append(Row([*cells, _number(advantages[place])], group))
+        cells += [number_cell(sums[place], sums)] if with_sum else []
+        cells += [number_cell(values[name][place], values[name]) for name in names]
+        rows.append(Row([*cells, number_cell(advantages[place])], group))
     return Table("samples", note, columns, rows)
 
 
@@ -157,7 +161,8 @@ def _weighted(values: list[float | None], weights: Sequence[float]) -> float | N
     return sum(known) if known else None
 
 
-def _number(value: Any, column: Sequence[float | None] = ()) -> Cell:
+def number_cell(value: Any, column: Sequence[float | None] = ()) -> Cell:
+    """A number, with a bar behind it where ``column`` has the others."""
     found = finite(value)
     if found is None:
         return Cell("–")
@@ -227,7 +232,7 @@ def held_out_table(path: Path, embedder: Embedder, controls: dict[str, str]) -> 
     out = []
     for place in chosen:
         row, record = rows[place], _any(rows[place])
-        cells = [_number(record.get("row"))] + ([Cell(media=tuple(embedder.place(record)))] if with_media else [])
+        cells = [number_cell(record.get("row"))] + ([Cell(media=tuple(embedder.place(record)))] if with_media else [])
         cells += [text_cell(shortened(record)), text_cell(record.get("answer"))]
         cells += [_answer(row.get(state)) for state in states]
         cells += [Cell(_change(row))] if changed else []
@@ -260,12 +265,13 @@ def _telling(rows: list[dict[str, dict[str, Any]]]) -> list[int]:
     if len(rows) <= _MOST_HELD_OUT:
         return list(range(len(rows)))
     changed = [place for place, row in enumerate(rows) if _change(row).startswith("newly")]
-    changed = _evenly(changed, _MOST_HELD_OUT // 2)
+    changed = evenly(changed, _MOST_HELD_OUT // 2)
     others = [place for place in range(len(rows)) if place not in set(changed)]
-    return sorted([*changed, *_evenly(others, _MOST_HELD_OUT - len(changed))])
+    return sorted([*changed, *evenly(others, _MOST_HELD_OUT - len(changed))])
 
 
-def _evenly(places: list[int], most: int) -> list[int]:
+def evenly(places: list[int], most: int) -> list[int]:
+    """At most so many of them, at equal distances."""
     if len(places) <= most:
         return places
     return [places[round(index * (len(places) - 1) / (most - 1))] for index in range(most)]

@@ -14,8 +14,20 @@ from ..errors import RewardError, nearest
 from .checked import check_finite, check_values, finite_reward, first_row, is_async, row_of
 from .failed import Failed
 from .resolve import BUILT_IN, named, parameters_of, resolve
+from .showing import show_model, shown
 
-__all__ = ["BUILT_IN", "Failed", "check_finite", "finite_reward", "introduce", "load_rewards", "row_of"]
+__all__ = [
+    "BUILT_IN",
+    "Failed",
+    "as_functions",
+    "check_finite",
+    "finite_reward",
+    "introduce",
+    "load_rewards",
+    "row_of",
+    "show_model",
+    "shown",
+]
 
 _NO_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
@@ -43,6 +55,23 @@ def load_rewards(specs: Sequence[RewardSpec | str]) -> tuple[list[Callable[..., 
         labels.append(distinct)
     functions = [_wrapped(*resolve(spec), spec, label) for spec, label in zip(specs, labels, strict=True)]
     return functions, [spec.weight for spec in specs]
+
+
+def as_functions(given: Any) -> Any:
+    """What a trainer is given as rewards, the folder of a reward model of ours among them as ``JudgeReward``.
+
+    Args:
+        given: one or several functions, models, or names; anything else comes back as it is.
+
+    Raises:
+        RewardError: the folder of a reward model that is not finished, or lacks something.
+    """
+    from .judge import JudgeReward
+    from .reward_run import is_reward_run
+
+    if isinstance(given, list | tuple):
+        return [as_functions(one) for one in given]
+    return JudgeReward(given) if is_reward_run(given) else given
 
 
 def introduce(functions: Iterable[Any], **run: Any) -> None:

@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def kind_of(options: dict[str, Any]) -> type:
+    """What scores by ``options["model"]``: a reward model of ours, which sees the media, or one that reads texts.
+
+    Raises:
+        RewardError: no model is given, or one of ours that is not finished.
+    """
+    from .judge import JudgeReward
+    from .reward_run import is_reward_run
+
+    if "model" not in options:
+        raise RewardError(
+            'The reward "model" needs the option model: the folder of a reward model, or the name of a text one.'
+        )
+    return JudgeReward if is_reward_run(options["model"]) else ModelReward
+
+
 class ModelReward:
     """Scores prompt and completion by a model's one logit, as TRL does where it is given the model itself.
 
@@ -134,7 +150,7 @@ class ModelReward:
             self._say(
                 "media",
                 f'The reward model "{self.label}" reads text only: it does not see the images, videos and sounds of '
-                "the prompts. A multimodal reward model is another reward than this one.",
+                "the prompts. A model of vlm-grpo reward train sees them.",
             )
 
     def _say(self, what: str, sentence: str) -> None:

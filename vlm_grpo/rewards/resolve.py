@@ -25,8 +25,9 @@ BUILT_IN: dict[str, str] = {
     "overlong": "length:Overlong",
     "repetition": "repetition:Repetition",
     "api": "api:ApiReward",
-    "model": "model:ModelReward",
+    "model": "model:kind_of",
 }
+_BY_OPTIONS = frozenset({"model"})  # these are functions that say by the options which class is made
 # What TRL gives every reward beside the columns of the rows.
 _LONGEST = 300  # characters of an exception's message: an assertion about a picture shows all of its bytes
 _TRLS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
@@ -39,6 +40,8 @@ def resolve(spec: RewardSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
         RewardError: an unknown name, file, function or argument; a class that cannot be made.
     """
     found = _find(spec.name)
+    if spec.name in _BY_OPTIONS:
+        found = found(spec.kwargs)
     refuse_unknown_arguments(found, spec)
     if not inspect.isclass(found):
         return found, {**(_defaults(found) if spec.name in BUILT_IN else {}), **spec.kwargs}
@@ -52,6 +55,11 @@ def resolve(spec: RewardSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
         ) from error
     if not callable(made):
         raise RewardError(f'The reward "{spec.name}" is a class without __call__. Give it one, or name a function.')
+    if spec.timeout is not None and hasattr(made, "use_model"):  # it would go on in the model that is trained
+        raise RewardError(
+            f'The reward "{spec.name}": timeout={spec.timeout:g} cannot hold for a reward model, which works in the '
+            "policy's own model. Leave it out."
+        )
     return made, {}
 
 
@@ -75,6 +83,8 @@ def _find(name: str) -> Callable[..., Any]:
     place, colon, attribute = name.rpartition(":")
     if not colon:
         hint = nearest(name, list(BUILT_IN))
+        if Path(name).expanduser().is_dir():
+            hint = f" A reward model in a folder is given as rewards: [{{model: {name}}}]."
         raise RewardError(
             f'There is no reward "{name}".{hint} Built in: {", ".join(BUILT_IN)}; your own: "file.py:function".'
         )
@@ -123,10 +133,11 @@ def refuse_unknown_arguments(function: Callable[..., Any], spec: RewardSpec) -> 
         for parameter in parameters
         if parameter.name not in _TRLS and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
+    beside = list(RewardSpec.model_fields) if spec.name in _BY_OPTIONS else []  # options may be written beside these
     for key in spec.kwargs:
         if key not in known:
             raise RewardError(
-                f'The reward "{spec.name}" has no option "{key}".{nearest(key, known)} It has: '
+                f'The reward "{spec.name}" has no option "{key}".{nearest(key, known + beside)} It has: '
                 f"{', '.join(known) or 'none'}."
             )
 

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import inspect
 import ipaddress
 import json
 import logging
@@ -124,9 +125,19 @@ class Scorer:
     Args:
         functions: as ``load_rewards`` gives them.
         weights: one a function.
+
+    Raises:
+        RewardError: a reward that needs more than texts.
     """
 
     def __init__(self, functions: list[Callable[..., Any]], weights: list[float]) -> None:
+        for function in functions:
+            if hasattr(inspect.unwrap(function), "use_model"):
+                raise RewardError(
+                    f'The reward "{function.__name__}" is a reward model, which sees prompts as messages with their '
+                    "media, and requests bring texts. Leave it out, or use it in the run itself: rewards: "
+                    "[{model: RUN}]."
+                )
         self.functions, self.weights = functions, weights
         self.names = [getattr(function, "__name__", type(function).__name__) for function in functions]
         # Most reward functions were written for one caller at a time.

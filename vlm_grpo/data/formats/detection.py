@@ -8,6 +8,7 @@ from ..sample import MEDIA_COLUMNS, at
 from .base import Format, Reading
 from .conversations import CONVERSATIONS, LLAVA_RLHF, MESSAGES
 from .mapping import read_tags, renamed
+from .preference import PREFERENCE, RLAIF_V
 from .questions import ALPACA, EASYR1, R1_AQA, VLM_R1, VQA
 from .trl import TRL
 
@@ -21,7 +22,9 @@ FORMATS: tuple[Format, ...] = (
     EASYR1,
     R1_AQA,
     VQA,
+    RLAIF_V,
     ALPACA,
+    PREFERENCE,
 )
 
 
@@ -148,5 +151,6 @@ READ = (
     *("prompt", "completion", "answer", "solution", "conversations", "messages", "caption_type", "system", "objects"),
     *("problem", "question", "question_text", "choices", "multi_choice"),
     *("instruction", "input", "output", "history", "query", "response"),
+    *("chosen", "rejected"),
 )
 assert not set(READ) & set(MEDIA_COLUMNS), "media are never read"
