@@ -661,7 +661,28 @@ def test_every_adapter_and_head_comes_back_bit_for_bit(saved):  # covers L5 L10
     assert all(id(p) in inside for p in adapter_parameters(model, "value"))
     assert id(head_of(model, "value").weight) in inside
     trainer.save_model(str(checkpoint.parent / "final"))
-    assert (checkpoint.parent / "final" / "value" / "head.safetensors").is_file()
+    final = checkpoint.parent / "final"
+    files = {str(path.relative_to(final)) for path in final.rglob("*.safetensors")}
+    assert files == {f"{f}adapter_model.safetensors" for f in ("", "value/")} | {"value/head.safetensors"}, "the result"
+
+
+def test_a_role_of_another_run_is_that_runs_also_behind_a_checkpoint(base, reward_run, tmp_path):  # covers L5 L10
+    """It takes no room in checkpoints, and one that lies there, as of another judge, does not take its place."""
+    model, processor = adapted(base)
+    load_role(model, reward_run[0], "reward")
+    add_head(model, "reward").requires_grad_(False)
+    trainer = sft(model, processor, tmp_path / "run")
+    trainer.create_optimizer_and_scheduler(1)
+    trainer._save_checkpoint(model, None)
+    checkpoint = tmp_path / "run" / "checkpoint-0"
+    assert [path.name for path in checkpoint.rglob("*.safetensors")] == ["adapter_model.safetensors"]
+    expected = held(model)
+    shake(model, 9, "default")
+    shutil.copytree(reward_run[0], checkpoint / "reward")
+    other = load_file(checkpoint / "reward" / "adapter_model.safetensors")
+    save_file({n: v + 1 for n, v in other.items()}, checkpoint / "reward" / "adapter_model.safetensors")
+    trainer._load_from_checkpoint(str(checkpoint))
+    assert all(torch.equal(value, expected[name]) for name, value in held(model).items())
 
 
 @pytest.mark.slow

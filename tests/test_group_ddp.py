@@ -121,13 +121,13 @@ def refused(*args: Any) -> None:
     raise Unshareable("this process finds a difference")
 
 
-def spawned(jobs: list[tuple[str, bool]], folder: Path) -> list[subprocess.Popen]:
-    """Processes that do the jobs together."""
+def spawned(jobs: list[tuple[str, bool]], folder: Path, script: str = __file__) -> list[subprocess.Popen]:
+    """Processes that do the jobs of a script together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, __file__, str(folder), *(f"{name}={int(sharing)}" for name, sharing in jobs)]
+    command = [sys.executable, script, str(folder), *(f"{name}={int(sharing)}" for name, sharing in jobs)]
     out = []
     for rank in range(WORLD):
         env = {k: str(v) for k, v in {**world, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}.items()}

@@ -22,12 +22,12 @@ from vlm_grpo.errors import SharingError
 from vlm_grpo.group import GroupSharing, SharingReport, advice, from_units, to_units, unique, unit_of, up_to_end
 from vlm_grpo.group.attention import decoding, install, packed_attention, packing
 from vlm_grpo.group.cache import SharedLayer, share
+from vlm_grpo.group.comparing import compare, gap
 from vlm_grpo.group.features import Features, joined
 from vlm_grpo.group.idle import zero_gradients
 from vlm_grpo.group.layout import Layout, Packed
 from vlm_grpo.group.reasons import Unshareable, reason_against
 from vlm_grpo.group.rollout import generate, generation_reason, positions
-from vlm_grpo.group.comparing import compare, gap
 from vlm_grpo.group.sharing import groups_of, plain_model
 from vlm_grpo.models.families import family_of, placeholder_ids
 from vlm_grpo.patches.transformers import answered_by

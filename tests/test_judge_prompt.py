@@ -97,6 +97,11 @@ def test_a_template_that_cannot_be_rendered_is_one_sentence(tmp_path, template, 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(ConfigError, match="The judge's prompt .*gone.jinja cannot be read .No such file"):
         JudgePrompt.of(str(tmp_path / "gone.jinja"))
+    (tmp_path / "my judge.md").write_text("Is it good?")
+    for name in ("judge.jinj", "prompts/judge", str(tmp_path / "my judge.md")):
+        with pytest.raises(ConfigError, match="judge.* is neither a file ending in .jinja, .j2, .txt nor a request"):
+            JudgePrompt.of(name)
+    assert JudgePrompt.of("Is it good? " * 500).template and JudgePrompt.of("{{response}}").template
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="bad.txt cannot be read .it is not UTF-8"):
         JudgePrompt.of(str(tmp_path / "bad.txt"))

@@ -235,9 +235,9 @@ PICTURE = [{"type": "image", "image": "8.png"}]
         ({**PAIR, "rejected": None}, 'the row is no pair: it has "chosen" but no "rejected"'),
         ({**l1(1), "output_2": None}, 'the row is no pair: it has "output_1" but no "output_2"'),
         (l1(0), '"preference" is 0. Give 1 or 2, the number of the better output'),
-        (l1(None), '"preference" is None'),
+        (l1(None), '"preference" is missing. Give 1 or 2'),
         (l1(1.5), '"preference" is 1.5'),
-        (l1("1"), "\"preference\" is '1'"),
+        (l1("3"), "\"preference\" is '3'"),
         ({**l1(1), "preference": True}, '"preference" is True'),
         ({**PAIR, "rejected": " seven\n"}, "both answers are 'seven', so neither is better. Remove the row"),
         ({**PAIR, "chosen": said(PICTURE)}, '"chosen" holds media. A judge reads answers: give texts'),
@@ -267,6 +267,22 @@ def test_a_row_that_is_no_pair_is_named(row, message, stream):  # covers L1
         else:
             as_pairs([PAIR, row], "pairs.jsonl")
     assert str(caught.value).startswith(f"pairs.jsonl row {1 if stream else 2}: ") and "\n" not in str(caught.value)
+
+
+def test_rows_with_equal_answers_are_named_together():  # covers L1: a run started anew for each of them
+    equal = {**PAIR, "rejected": PAIR["chosen"]}
+    with pytest.raises(DataFormatError, match=r"^p\.json rows 2, 3, 1503: both answers are the same, so neither is"):
+        as_pairs(Dataset.from_list([PAIR, equal, equal, *[PAIR] * 1499, equal]), "p.json")
+    with pytest.raises(DataFormatError, match=r"^p\.json rows 1, .* 20 and 5 more: "):
+        as_pairs(Dataset.from_list([equal] * 25), "p.json")
+    with pytest.raises(DataFormatError, match="^p.json row 2: both answers are"):
+        as_pairs(Dataset.from_list([PAIR, equal]), "p.json")
+
+
+def test_a_preference_may_be_a_text():  # covers L1
+    for number in (1, 2):
+        assert as_pairs([l1(f" {number}")])[0]["chosen"] == as_pairs([l1(number)])[0]["chosen"]
+        assert as_pairs(Dataset.from_list([l1(f"{number}")]))[0]["chosen"] == as_pairs([l1(number)])[0]["chosen"]
 
 
 def test_a_row_of_a_table_is_named():  # covers L1

@@ -1,5 +1,6 @@
 """The reward trainer: its loss and metrics by hand, the same whatever the batching, and what it says when it cannot."""
 
+import argparse
 import json
 import math
 
@@ -248,6 +249,18 @@ def test_sounds_and_videos_are_judged_too(family, kind, tmp_path):
 def test_a_model_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"A reward model is an adapter, and this Qwen.* has none\. Load it with"):
         make(tmp_path, model=tiny.build("qwen2_5_vl")[0])
+
+
+def test_what_a_notebook_confuses_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"judge is a str: it needs a JudgePrompt. Give JudgePrompt.of\(FILE\)"):
+        make(tmp_path, judge="judge.jinja")
+    with pytest.raises(ConfigError, match=r"captions is a dict: it needs a Captions. Give Captions.read\(FILE\)"):
+        make(tmp_path, captions={"a.png": ["a cat"]})
+    model, processor = adapted()
+    with pytest.raises(ConfigError, match="args is a Namespace: VLMRewardTrainer takes a VLMRewardConfig"):
+        VLMRewardTrainer(model, argparse.Namespace(), rows(), None, processor)
+    with pytest.raises(ConfigError, match="processing_class is missing"):
+        VLMRewardTrainer(model, config(tmp_path), rows())
 
 
 def test_fewer_pairs_than_a_batch_are_said_or_refused(tmp_path, caplog):

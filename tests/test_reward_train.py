@@ -4,6 +4,7 @@ import io
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from vlm_grpo.cli import app
 from vlm_grpo.config import load_config, require
 from vlm_grpo.errors import ConfigError, DataFormatError
 from vlm_grpo.gathering import RunRows
-from vlm_grpo.pairwise import JudgedPair, PairEvaluation, figures, longer_wins, page, pair_change, sentences
+from vlm_grpo.pairwise import (
+    HeldOutPairs,
+    JudgedPair,
+    PairEvaluation,
+    figures,
+    longer_wins,
+    page,
+    pair_change,
+    sentences,
+)
 from vlm_grpo.rewarding import make_pairs, read_judging, with_adapter
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
@@ -134,6 +144,10 @@ def test_what_a_reward_model_has_no_use_for(workplace):
     said = called(2, "train", "--model", "model", "--data", "train.json", "--reward", "length", *JUDGED)
     assert "train: judge has no use, since no reward model is trained. Leave it out." in said
     assert "no option" in called(2, "reward", "train", *PAIRS, "--center_reward_coefficient", "1")
+    said = called(2, "reward", "train", *PAIRS, "--num_generations", "4")
+    assert "train.num_generations is an option of train, and reward train has no use for it. Leave it out." in said
+    for option in ("--captions", "--judge_captions"):
+        assert "Did you mean judge.captions?" in called(2, "reward", "train", *PAIRS, option, "image_to_caption.json")
 
 
 def judged(**options: Any) -> Any:
@@ -194,6 +208,13 @@ def test_an_adapter_is_added_where_none_is_asked_for(workplace):
     assert with_adapter(own) is own
     vision = load_config(None, None, {"model": "m", "vision": "lora"})
     assert with_adapter(vision) is vision
+
+
+def test_held_out_pairs_of_which_none_can_be_used_stop_it_before_training(monkeypatch):
+    held_out = HeldOutPairs([], SimpleNamespace(per_device_eval_batch_size=2))
+    monkeypatch.setattr(held_out, "_judge", lambda *_: PairEvaluation([], 3))
+    with pytest.raises(DataFormatError, match="None of the 3 held-out pairs can be used"):
+        held_out.before(None, Path("unused"), {})
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

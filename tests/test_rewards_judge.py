@@ -29,9 +29,9 @@ from vlm_grpo.evaluate import Yardstick, evaluate
 from vlm_grpo.evaluating import evaluate_run, job
 from vlm_grpo.judging.prompt import JudgePrompt
 from vlm_grpo.models import load_model, load_processor
-from vlm_grpo.models.adapters import adapter_parameters
+from vlm_grpo.models.adapters import adapter_parameters, role
 from vlm_grpo.models.heads import HEAD_FILE, heads_of
-from vlm_grpo.rewards import as_functions, introduce, show_model, shown
+from vlm_grpo.rewards import as_functions, finite_reward, introduce, marks, say_changed, show_model, shown
 from vlm_grpo.rewards import standing as standings
 from vlm_grpo.rewards.judge import JudgeReward
 from vlm_grpo.rewards.server import Scorer
@@ -282,6 +282,70 @@ def test_what_the_run_shows_is_what_is_judged(made):
         assert judge([text] * 3, ["one"] * 3) == pytest.approx(expected, abs=1e-5)
         with pytest.raises(RewardError, match="image"):
             judge([text] * 2, ["one"] * 2, images=[row["images"] for row in rows[:2]])
+
+
+def test_it_stands_anew_for_another_trainer(made):
+    """With that one's precision and sharing; and it leaves a model of its own, that it had before there was a run."""
+    base, run = made("gemma3")
+    judge = JudgeReward(run)
+    rows = judges.rows("gemma3")[:1]
+    alone = judges.call(judge, rows, ["one"])
+    assert not judge.on_policy
+    model, processor = judges.policy(base)
+    introduce([judge], processor=processor, media=MediaOptions())
+    show_model([judge], model)
+    assert judge.on_policy and judges.call(judge, rows, ["one"]) == pytest.approx(alone, abs=1e-5)
+    show_model([judge], model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    low = judges.call(judge, rows, ["one"])
+    assert low != alone and low == pytest.approx(alone, abs=0.05) and list(model.peft_config) == ["default", "reward"]
+
+
+def test_one_that_was_trained_anew_is_said_and_counts(made, tmp_path, caplog):  # covers L10
+    base, run = made("gemma3")
+    folder = shutil.copytree(run, tmp_path / "judge")
+    moved = shutil.copytree(run, tmp_path / "moved")
+    written = marks([JudgeReward(folder), recorder.reward])
+    with caplog.at_level(logging.WARNING, "vlm_grpo"):
+        say_changed([JudgeReward(moved), JudgeReward(folder)], written)
+        say_changed([JudgeReward(folder)], {})
+        assert not caplog.records
+        model, processor = judges.policy(base)
+        rows = judges.rows("gemma3")[:1]
+        before = judges.call(on_policy(str(folder), model, processor), rows, ["one"])
+        shutil.rmtree(folder)
+        judges.reward_run(base, folder, seed=9)
+        anew = JudgeReward(folder)
+        say_changed([finite_reward(anew, "judge")], written)
+    assert "has changed since the checkpoint was written: from here on the new one counts" in caplog.text
+    found = judges.call(on_policy(str(folder), model, processor), rows, ["one"])
+    assert found == pytest.approx(judges.call(anew, rows, ["one"]), abs=1e-5) and abs(found[0] - before[0]) > 1e-3
+
+
+def test_a_judge_with_a_tower_of_its_own_leaves_what_the_policy_has_encoded(made, tmp_path):  # covers U9
+    base, _ = made("gemma3")
+    run = judges.reward_run(base, tmp_path / "judge", seed=5, vision=True)
+    model, processor = judges.policy(base)
+    judge = on_policy(run, model, processor)
+    row = judges.rows("gemma3")[0]
+    encoded = encode(processor, to_sample(row))
+    expected = judges.call(JudgeReward(run), [row] * 2, ["one", "two"])
+    judges.call(judge, [row] * 2, ["one", "two"])  # the check on first use
+    features = next(iter(judge._standing.scores.sharing._features.values()))
+    inputs = {"input_ids": torch.tensor([encoded.input_ids]), **collate([encoded])}
+    with torch.no_grad():
+        plain = features.model(**inputs).logits
+        with features.of([encoded]):
+            features.model(**inputs)
+        kept, count = dict(features.known[encoded]), features.encodes
+        assert features.frozen() and kept
+        with shown([judge], [row] * 2, [Shown(row, to_sample(row), encoded)] * 2):
+            assert judges.call(judge, [row] * 2, ["one", "two"]) == pytest.approx(expected, abs=1e-5)
+        with role(model, "reward"):
+            assert not features.frozen()
+        assert dict(features.known[encoded]) == kept and features.encodes == count
+        with features.of([encoded]):
+            torch.testing.assert_close(features.model(**inputs).logits, plain)
+        assert features.encodes == count
 
 
 @pytest.mark.parametrize("control", ["blank", *(pytest.param(c, marks=pytest.mark.slow) for c in (None, "shuffle"))])

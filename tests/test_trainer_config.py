@@ -14,10 +14,11 @@ import trl.trainer.grpo_config
 import trl.trainer.grpo_trainer
 from transformers import TrainingArguments
 
-from vlm_grpo.config import load_config
+from vlm_grpo.config import load_config, require
 from vlm_grpo.errors import ConfigError, UnsupportedError, VLMGRPOError
 from vlm_grpo.patches.own import private_copy
 from vlm_grpo.patches.trl import own_grpo_config
+from vlm_grpo.reward_model import VLMRewardConfig
 from vlm_grpo.trainer_config import (
     _CHOICES,
     VLMGRPOConfig,
@@ -278,7 +279,12 @@ def test_other_dataclasses_of_arguments_are_checked_alike():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_example_config_resolves(path: Path):
     config = load_config(path)
-    assert config.notes == [] and config.rewards and config.data.train and config.lora is not None
+    assert config.notes == [] and config.data.train and config.lora is not None
+    if config.judge is not None:
+        require(config, "reward-train")
+        assert build_args(VLMRewardConfig, config.train, output_dir=config.output).center_rewards_coefficient == 1e-3
+        return
+    require(config, "train")
     args = build_args(VLMGRPOConfig, config.train, output_dir=config.output)
     assert args.per_device_train_batch_size == args.num_generations, "one group a batch"
     if path.stem.startswith("qwen2.5-vl"):
@@ -286,4 +292,4 @@ def test_every_example_config_resolves(path: Path):
 
 
 def test_there_are_example_configs():
-    assert {"qwen2.5-vl-3b", "qwen2.5-vl-7b"} <= {path.stem for path in CONFIGS}
+    assert {"qwen2.5-vl-3b", "qwen2.5-vl-7b", "reward_model", "qwen2.5-vl-3b-judged"} <= {path.stem for path in CONFIGS}

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,8 @@ from trl.trainer.utils import RepeatSampler
 
 from .errors import CheckpointError
 from .models.heads import HEADS, heads_of, load_head, save_heads
-from .models.restoring import own_folder, restore_adapters
-from .patches.transformers import own_trainer
+from .models.restoring import own_folder, restore_adapters, roles_to_save
+from .patches.transformers import answered_by, own_trainer
 from .patches.unsloth_modes import at_step_boundary
 
 if TYPE_CHECKING:
@@ -176,10 +178,15 @@ class ExactCheckpoints(OwnTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if heads_of(model) and state_dict is None and not is_peft_model(model):  # those lie beside, not within
+        roles = roles_to_save(model, self._saving) if is_peft_model(model) else None
+        if heads_of(model) and state_dict is None and roles is None:  # those lie beside, not within
             state_dict = {name: value for name, value in model.state_dict().items() if not name.startswith(_HEADS)}
-        super()._save(output_dir, state_dict)
-        save_heads(model, output_dir or self._run_dir())
+        chosen: Any = nullcontext()
+        if roles is not None:
+            chosen = answered_by(model, "save_pretrained", partial(model.save_pretrained, selected_adapters=roles))
+        with chosen:
+            super()._save(output_dir, state_dict)
+        save_heads(model, output_dir or self._run_dir(), roles)
 
     def _run_dir(self) -> str:
         assert self.args.output_dir is not None, "transformers sets it"

@@ -127,6 +127,7 @@ def share_base(trainer: Any) -> None:
         root=trainer.media_root,
         sharing=trainer.sharing,
         autocast=trainer.accelerator.autocast,
+        batch_size=trainer.args.per_device_train_batch_size,
         split=split,
     )
 

@@ -81,7 +81,8 @@ class VLMRewardTrainer(SupervisedTrainer):
         kwargs: the remaining arguments of transformers' ``Trainer``.
 
     Raises:
-        ConfigError: a model without an adapter, or fewer pairs than a batch where such batches are dropped.
+        ConfigError: a model without an adapter, an argument of another type, or fewer pairs than a batch where such
+            batches are dropped.
         DataFormatError: a row that is no pair.
         GradientError: the head or a trained tower receives no gradient on step 1, or no pair's scores differ.
         NumbersError: a loss, a gradient or a weight became NaN or infinite.
@@ -101,6 +102,7 @@ class VLMRewardTrainer(SupervisedTrainer):
         captions: Captions | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_types(args, judge, captions)
         if not is_peft_model(model):
             raise ConfigError(
                 f"A reward model is an adapter, and this {type(model).__name__} has none. Load it with "
@@ -244,6 +246,18 @@ class VLMRewardTrainer(SupervisedTrainer):
             "media": self.intake.media.model_dump(mode="json", exclude={"scan", "on_bad"}),
         }
         (folder / REWARD_MODEL).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_types(args: Any, judge: Any, captions: Any) -> None:
+    """What a notebook easily confuses: a file's name for what is read from it, another trainer's options for these."""
+    if not isinstance(args, VLMRewardConfig):
+        raise ConfigError(f"args is a {type(args).__name__}: VLMRewardTrainer takes a VLMRewardConfig. Give one.")
+    for name, value, cls, how in (
+        ("judge", judge, JudgePrompt, "JudgePrompt.of(FILE)"),
+        ("captions", captions, Captions, "Captions.read(FILE)"),
+    ):
+        if value is not None and not isinstance(value, cls):
+            raise ConfigError(f"{name} is a {type(value).__name__}: it needs a {cls.__name__}. Give {how}.")
 
 
 def check_size(dataset: Any, args: VLMRewardConfig) -> None:

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
+from .config import RunConfig, said_as
 from .data import Sample, to_sample, undecoded
 from .data.pairs import as_pairs
 from .errors import ConfigError, MediaError
@@ -50,6 +50,29 @@ def with_adapter(config: RunConfig) -> RunConfig:
         lora.alpha,
     )
     return config.model_copy(update={"lora": lora})
+
+
+def check_names(command: str, given: dict[str, Any], classes: dict[str, Any]) -> None:
+    """Say of an option that only other commands have, or that stands under ``judge``, where it belongs.
+
+    Args:
+        command: the one that was called.
+        given: its options under ``train``.
+        classes: the dataclass of options of each command.
+
+    Raises:
+        ConfigError: see above; an option that no command has passes.
+    """
+    names = {name: {option.name for option in fields(cls)} for name, cls in classes.items()}
+    for name in given.keys() - names[command]:
+        judge = name.removeprefix("judge_")
+        if command == COMMAND and judge in JudgeOptions.model_fields:
+            raise ConfigError(f"train.{name}: no option of {said_as(command)}. Did you mean judge.{judge}?")
+        others = " and ".join(said_as(other) for other in names if name in names[other])
+        if others:
+            raise ConfigError(
+                f"train.{name} is an option of {others}, and {said_as(command)} has no use for it. Leave it out."
+            )
 
 
 def read_judging(config: RunConfig) -> Judging:

@@ -44,7 +44,7 @@ from .progress import ProgressCallback
 from .report import draw_curves, write_report
 from .reward_model import VLMRewardConfig, VLMRewardTrainer
 from .rewarding import COMMAND as REWARD_TRAIN
-from .rewarding import Judging, make_pairs, read_judging, with_adapter
+from .rewarding import Judging, check_names, make_pairs, read_judging, with_adapter
 from .rewards import load_rewards
 from .sft import VLMSFTConfig, VLMSFTTrainer
 from .trainer import VLMGRPOTrainer
@@ -151,6 +151,7 @@ class _Run:
         config = with_adapter(config) if command == REWARD_TRAIN else config
         check_trainable(config.model, config.load_in_4bit, config.parts)
         self.command = command
+        check_names(command, config.train, _CONFIGS)
         options = {**_RUN_DEFAULTS, **config.train}
         self.args: Any = build_args(_CONFIGS[command], options, output_dir=str(run_folder(config)))
         self.config = config.model_copy(update={"train": {**_effective(self.args), **config.train}})

@@ -13,7 +13,7 @@ from .checks import GradientCheck, LengthCheck
 from .config import MediaOptions
 from .data import Sample
 from .encode import EncodedPrompt
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .intake import Intake
 from .models.families import family_of, placeholder_ids_by_kind, tower_of
 from .numbers import FiniteNumbers, NumbersCheck
@@ -72,6 +72,7 @@ class SupervisedTrainer(FiniteNumbers, PartRates, ExactCheckpoints):
         kwargs: the remaining arguments of transformers' ``Trainer``.
 
     Raises:
+        ConfigError: no processor.
         GradientError: a trained tower receives no gradient on step 1.
         NumbersError: a loss, a gradient or a weight became NaN or infinite.
     """
@@ -87,6 +88,8 @@ class SupervisedTrainer(FiniteNumbers, PartRates, ExactCheckpoints):
         media: MediaOptions | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if processing_class is None:
+            raise ConfigError("processing_class is missing: rows are encoded by the model's processor. Give it.")
         self.args: Any = args  # a SupervisedConfig, which the base class declares as its own
         train_dataset = self.read_dataset(train_dataset, "train_dataset")
         eval_dataset = self.read_dataset(eval_dataset, "eval_dataset")

@@ -50,7 +50,7 @@ from .quantized import trainable_data
 from .randomness import same_random_states
 from .rates import PartRates
 from .resample import check_resampling, replay_rewards, resampled
-from .rewards import as_functions, check_finite, shown
+from .rewards import as_functions, check_finite, marks, say_changed, shown
 from .rows import encoded_rows, make_intake, readable
 from .scoring import Encodings, as_one_forward, score_rows
 from .trainer_config import VLMGRPOConfig
@@ -360,6 +360,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             "moved": sorted(self.sharing.moved.names),
             "diagnosis": self._diagnosis.state(),
             "failures": self.failures.state(),
+            "judges": marks(self.reward_funcs),
         }
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             state["rollout"] = pack_rollout([from_units(batch) for batch in self._buffered_inputs])
@@ -372,6 +373,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         self.sharing.moved.names.update(state.get("moved", ()))
         self._diagnosis.load(state.get("diagnosis", {}))
         self.failures.load(state.get("failures", {}))
+        say_changed(self.reward_funcs, state.get("judges", {}))
         if "rollout" in state:
             batches = unpack_rollout(state["rollout"], self.accelerator.device)
             self._buffered_inputs = [to_units(batch, self._unit) for batch in batches]

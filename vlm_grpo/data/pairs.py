@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _TRL = ("chosen", "rejected")
 _OUTPUTS = ("output_1", "output_2")
 _READ = ("prompt", *_TRL, *_OUTPUTS, "preference")
+_SHOWN = 20  # numbers of rows in a message
 _CHUNK = 1000  # rows that are in memory as Python objects at a time
 _NO_PAIR = 'Give "chosen" and "rejected", or "output_1", "output_2" and "preference".'
 
@@ -93,17 +94,21 @@ def _written(dataset: "Dataset", where: str) -> "pa.Table":
     import pyarrow as pa
 
     tables: list[pa.Table] = []
+    same: list[tuple[int, dict[str, Any]]] = []
     own = False
     try:
         for chunk in _chunks(dataset):
             start = sum(table.num_rows for table in tables)
             pairs = [_pair(row, _reading(where, start + number)) for number, row in enumerate(chunk)]
+            same += [(start + number, pair) for number, pair in enumerate(pairs) if _is_same(pair)]
             own = own or any("prompt" in pair for pair in pairs)
             tables.append(
                 pa.Table.from_pylist(
                     [{"prompt": row.get("prompt"), **pair} for row, pair in zip(chunk, pairs, strict=True)]
                 )
             )
+        if same:
+            raise _same(where, *same[0]) if len(same) == 1 else _all_the_same(where, [row + 1 for row, _ in same])
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except pa.ArrowException as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -122,7 +127,10 @@ def _chunks(dataset: "Dataset") -> Iterator[list[dict[str, Any]]]:
 
 def _row(where: str, row: dict[str, Any], index: int) -> dict[str, Any]:
     rest = {name: value for name, value in row.items() if name not in _OUTPUTS}
-    return {**rest, **_pair(row, _reading(where, index))}
+    pair = _pair(row, _reading(where, index))
+    if _is_same(pair):
+        raise _same(where, index, pair)
+    return {**rest, **pair}
 
 
 def _reading(where: str, index: int) -> Reading:
@@ -137,11 +145,26 @@ def _pair(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
         pair = _compared(row, reading)
     else:
         raise reading.refuse(f"the row holds no two answers. {_NO_PAIR}")
-    if pair["chosen"].strip() == pair["rejected"].strip():
-        raise reading.refuse(
-            f"both answers are {shorten(pair['chosen'])}, so neither is better. Remove the row, or correct one of them."
-        )
     return pair
+
+
+def _is_same(pair: Mapping[str, Any]) -> bool:
+    return pair["chosen"].strip() == pair["rejected"].strip()
+
+
+def _same(where: str, index: int, pair: Mapping[str, Any]) -> DataFormatError:
+    return _reading(where, index).refuse(
+        f"both answers are {shorten(pair['chosen'])}, so neither is better. Remove the row, or correct one of them."
+    )
+
+
+def _all_the_same(where: str, rows: list[int]) -> DataFormatError:
+    """All such rows at once: of thousands, one error a row would be a start of the run for each."""
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return DataFormatError(
+        f"{where or 'The dataset'} rows {', '.join(map(str, rows[:_SHOWN]))}{more}: both answers are the same, so "
+        "neither is better. Remove these rows, or correct one answer of each."
+    )
 
 
 def _both(row: Mapping[str, Any], names: tuple[str, str], reading: Reading) -> None:
@@ -178,6 +201,10 @@ def _said(messages: Any) -> list[tuple[str, str]]:
 def _compared(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     _both(row, _OUTPUTS, reading)
     preference = row.get("preference")
+    if preference is None:
+        raise reading.refuse('"preference" is missing. Give 1 or 2, the number of the better output.')
+    if isinstance(preference, str) and preference.strip() in ("1", "2"):
+        preference = int(preference)
     if isinstance(preference, bool) or preference not in (1, 2):
         raise reading.refuse(f'"preference" is {shorten(preference)}. Give 1 or 2, the number of the better output.')
     texts = [_text(row[name], name, reading) for name in _OUTPUTS]

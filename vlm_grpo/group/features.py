@@ -42,6 +42,7 @@ class Features:
         self.encodes = 0  # prompts whose media were encoded, an encoder at a time
         self._calls: dict[str, int] = {}
         self._busy = False
+        self._places: dict[str, tuple[str, str | None]] = {}  # by parameter, its tower and adapter
 
     def frozen(self) -> tuple[str, ...]:
         """The encoders whose towers are the base's as they are: not trained, and without an adapter or copy that is
@@ -49,8 +50,9 @@ class Features:
         towers: dict[str, bool] = {}
         active = active_adapters(self.model)
         for name, parameter in self.model.named_parameters():
-            tower = tower_of(self.family, name)
-            adapter = _adapter_of(name)
+            if name not in self._places:
+                self._places[name] = tower_of(self.family, name), _adapter_of(name)
+            tower, adapter = self._places[name]
             kept = not parameter.requires_grad if adapter is None else adapter not in active
             towers[tower] = towers.get(tower, True) and kept
         return tuple(
@@ -61,9 +63,10 @@ class Features:
             and towers.get("other", True)  # of a model that is not in the table, it may be the projector
         )
 
-    def keeps(self, encoded: EncodedPrompt) -> bool:
-        """Whether any medium of a prompt is encoded by a frozen tower."""
-        return any(("audio" if "audio" in path else "vision") in encoded.senses for path in self.frozen())
+    def kept(self, encodings: list[EncodedPrompt]) -> list[bool]:
+        """Of each prompt, whether any medium is encoded by a frozen tower."""
+        senses = {"audio" if "audio" in path else "vision" for path in self.frozen()}  # looks at every parameter
+        return [not senses.isdisjoint(encoded.senses) for encoded in encodings]
 
     @contextmanager
     def of(self, encodings: list[EncodedPrompt]) -> Iterator[None]:
@@ -121,8 +124,8 @@ class Features:
         """
         if len(encodings) < 2:
             return
-        for number, encoded in enumerate(encodings):
-            if encoded not in self.known and self.keeps(encoded):
+        for number, (encoded, kept) in enumerate(zip(encodings, self.kept(encodings), strict=True)):
+            if encoded not in self.known and kept:
                 with torch.no_grad(), self.of([encoded]), self.up_to_first_layer():
                     self.model(**inputs_of(number), use_cache=False)
                 self.known.setdefault(encoded, {})

@@ -347,7 +347,7 @@ class GroupSharing:
 
 def _trained(features: Features, prompts: list[EncodedPrompt]) -> int:
     """The prompts whose media a trained tower encodes, each time anew."""
-    return sum(bool(encoded.media) and not features.keeps(encoded) for encoded in prompts)
+    return sum(not kept for kept in features.kept([encoded for encoded in prompts if encoded.media]))
 
 
 def plain_model(model: Any) -> Any:

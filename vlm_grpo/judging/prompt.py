@@ -78,6 +78,7 @@ class JudgePrompt:
         if prompt is None:
             return cls(stem=stem)
         if isinstance(prompt, str) and ("\n" in prompt or not prompt.strip().lower().endswith(_ENDINGS)):
+            _refuse_file(prompt)
             return cls(prompt, stem)
         path = Path(prompt).expanduser()
         try:
@@ -153,6 +154,22 @@ class JudgePrompt:
             ) from error
         _check(template, f"{_NAME} {Path(folder, TEMPLATE_FILE)}")
         return cls(template, stem)
+
+
+def _refuse_file(text: str) -> None:
+    """Raise ``ConfigError`` for a file's name, which would be what the judge is asked."""
+    if text.strip() and (len(text.split()) == 1 and "{" not in text or _is_file(text)):
+        raise ConfigError(
+            f'{_NAME} "{text}" is neither a file ending in {", ".join(_ENDINGS)} nor a request. Give such a file, or '
+            "the request itself."
+        )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, ValueError):  # too long for a name
+        return False
 
 
 def question_of(sample: Sample) -> str:

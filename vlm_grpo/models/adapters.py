@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import is_peft_model
@@ -28,6 +29,8 @@ from .dtypes import floating_dtype, keep_float32
 from .heads import heads_of
 
 POLICY = "default"
+# By model, its frozen adapters that lie in a run folder of their own.
+_LOADED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 # ---- which adapter computes ------------------------------------------------------------------------------------------
@@ -245,6 +248,13 @@ def load_role(model: Any, folder: str | Path, name: str, trainable: bool = False
         raise ConfigError(
             f"{folder}: its adapter does not fit this model ({reason}). Check that it is whole."
         ) from error
+    if not trainable:
+        _LOADED.setdefault(model, set()).add(name)
+
+
+def loaded_roles(model: Any) -> set[str]:
+    """The frozen adapters that ``load_role`` put on a model: their own folder says what they are, no checkpoint."""
+    return _LOADED.get(model, set()) & model.peft_config.keys()
 
 
 def _widen_copies(model: Any, name: str) -> list[nn.Module]:

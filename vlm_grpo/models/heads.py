@@ -4,6 +4,7 @@ A head belongs to the adapter of the same name, is registered on the model besid
 as ``head.safetensors``: at the folder's root for ``default``, in the folder of the adapter's name for any other.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,17 @@ def remove_head(model: Any, role: str) -> None:
         del model._modules[HEADS]
 
 
-def save_heads(model: Any, folder: str | Path) -> None:
-    """Write each head beside its adapter, below the folder that the adapters were saved into."""
+def save_heads(model: Any, folder: str | Path, roles: Collection[str] | None = None) -> None:
+    """Write each head beside its adapter, below the folder that the adapters were saved into.
+
+    Args:
+        model: as in ``add_head``.
+        folder: of the adapters.
+        roles: those whose heads are written; None writes all.
+    """
     for role, head in heads_of(model).items():
+        if roles is not None and role not in roles:
+            continue
         own = Path(folder) / ("" if role == _OWN else role)
         own.mkdir(parents=True, exist_ok=True)
         save_file(

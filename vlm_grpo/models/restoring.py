@@ -1,4 +1,4 @@
-"""The adapters and heads of a checkpoint, back on the model: all of them, bit for bit."""
+"""The adapters and heads of a checkpoint: which it holds, and all of them back on the model, bit for bit."""
 
 import logging
 from pathlib import Path
@@ -11,19 +11,37 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .adapters import POLICY, adapter_parameters
+from .adapters import POLICY, adapter_parameters, loaded_roles
 from .heads import HEAD_FILE, heads_of, load_head
 
 _LOG = logging.getLogger("vlm_grpo")
 _ADAPTER = "adapter_model.safetensors"
-_FROZEN = ("ref", "reward")  # a run without them has its policy and optimizer all the same
+_FROZEN = ("ref", "reward")  # also reward2, ...: a run without them has its policy and optimizer all the same
+
+
+def roles_to_save(model: Any, checkpoint: bool) -> list[str]:
+    """The adapters that are written.
+
+    Args:
+        model: PEFT's.
+        checkpoint: whether a run is to continue from it, which takes a frozen adapter of another run from that run's
+            folder; else it is the result, the adapters that were trained.
+    """
+    if checkpoint:
+        return [name for name in model.peft_config if name not in loaded_roles(model)]
+    return [name for name in model.peft_config if name == POLICY or _is_trained(model, name)]
+
+
+def _is_trained(model: Any, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in adapter_parameters(model, name))
 
 
 def restore_adapters(model: Any, checkpoint: Path) -> None:
     """Restore every adapter of a model, and every head, bit for bit: in place, so that flags and modes stay.
 
     transformers restores the subfolders only, as soon as there is one, and the trained adapter lies at the root. A
-    frozen adapter that the checkpoint lacks stays as it was loaded, and a frozen one that it holds beyond is left out.
+    frozen adapter that was loaded from a run folder stays as it is there, also beside another one in the checkpoint. A
+    frozen one that the checkpoint lacks stays, and one that it holds beyond is left out.
 
     Raises:
         CheckpointError: a trained adapter, a head or a weight is not in the checkpoint, has another shape, cannot be
@@ -54,20 +72,22 @@ def own_folder(checkpoint: Path, name: str) -> Path:
 def _saved_adapters(model: Any, checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     """The weights of the model's adapters in a checkpoint; those that may stay as they are, are left out."""
     found = {}
-    for name in model.peft_config:
+    for name in roles_to_save(model, checkpoint=True):
         file = own_folder(checkpoint, name) / _ADAPTER
         if file.is_file():
             found[name] = _read(file)
-        elif name == POLICY or any(parameter.requires_grad for parameter in adapter_parameters(model, name)):
+        elif name == POLICY or _is_trained(model, name):
             raise CheckpointError(
                 f"{checkpoint}: the trained adapter {name!r} is not in it ({file.relative_to(checkpoint)} is missing). "
                 "Continue from another checkpoint, or with the options that this one was written with."
             )
         else:
             _LOG.warning("%s holds no adapter %r: the frozen one stays as this run has loaded it.", checkpoint, name)
-    beyond = sorted(file.parent.name for file in checkpoint.glob(f"*/{_ADAPTER}") if file.parent.name not in found)
+    beyond = sorted(
+        file.parent.name for file in checkpoint.glob(f"*/{_ADAPTER}") if file.parent.name not in model.peft_config
+    )
     for name in beyond:
-        if name not in _FROZEN:
+        if name.rstrip("0123456789") not in _FROZEN:
             raise CheckpointError(
                 f"{checkpoint} holds a trained adapter {name!r}, which this run has not. Continue with the command and "
                 "options that it was written by."

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..config import MediaOptions
+from ..errors import DataFormatError
 from ..evaluate.figures import read_verdicts, write_records
 from ..folder import EVALUATION, EVALUATION_ROWS, is_main_process, write_json
 from ..report import MediaFolder
@@ -27,8 +28,18 @@ class HeldOutPairs:
         self._previews: MediaFolder | None = None
 
     def before(self, trainer: Any, folder: Path, found: dict[str, Any]) -> None:
-        """Judge with the model as it starts; ``found`` gets the figures."""
-        self._record(trainer, folder, found, "before", self._judge(trainer, "held-out pairs, before"))
+        """Judge with the model as it starts; ``found`` gets the figures.
+
+        Raises:
+            DataFormatError: no pair can be used.
+        """
+        before = self._judge(trainer, "held-out pairs, before")
+        if not before.rows:
+            raise DataFormatError(
+                f"None of the {before.left_out} held-out pairs can be used; each says why above. Mend them, or leave "
+                "data.eval out."
+            )
+        self._record(trainer, folder, found, "before", before)
 
     def after(self, trainer: Any, folder: Path, found: dict[str, Any]) -> None:
         """Judge with the trained model, with the media and, where rows have any, without; and the change since before.

@@ -125,7 +125,7 @@ def _media(after: dict[str, Any], control: Any, captions: bool) -> list[Verdict]
         return [Verdict(f"It judges better without the media: {figures}. Look at the pairs.", True)]
     if high >= low:
         why = "The captions, which it still reads, may tell it enough" if captions else "The texts tell it enough"
-        return [Verdict(f"It does not need the media: {figures}, and the intervals overlap. {why}.", True)]
+        return [Verdict(f"Nothing shows that it needs the media: {figures}, and the intervals overlap. {why}.", True)]
     left = " Without them it guesses." if least <= 0.5 <= high else ""
     return [Verdict(f"It looks at the media: {figures}.{left}")]
 

@@ -14,7 +14,7 @@ from ..errors import RewardError, nearest
 from .checked import check_finite, check_values, finite_reward, first_row, is_async, row_of
 from .failed import Failed
 from .resolve import BUILT_IN, named, parameters_of, resolve
-from .showing import show_model, shown
+from .showing import marks, say_changed, show_model, shown
 
 __all__ = [
     "BUILT_IN",
@@ -24,7 +24,9 @@ __all__ = [
     "finite_reward",
     "introduce",
     "load_rewards",
+    "marks",
     "row_of",
+    "say_changed",
     "show_model",
     "shown",
 ]

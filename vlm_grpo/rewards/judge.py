@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 8  # a forward, where nothing says how many fit
+
 
 class JudgeReward:
     """Scores responses by a reward model: an adapter with a scalar head that sees images, videos and sounds.
@@ -35,7 +37,7 @@ class JudgeReward:
         model: the folder of a finished ``vlm-grpo reward train``.
         captions: file of captions by media file, as ``judging.captions.Captions`` reads it; a row's own column
             ``captions`` comes before it. Only the reward model reads them.
-        batch_size: responses a forward.
+        batch_size: responses a forward; None: as many as a micro-batch of the run it judges, else 8.
         share_base: ``auto`` stands on the policy's base where that is the same one; True is an error where it is not;
             False always takes a model of its own.
         offload: whether a model of its own waits in the machine's memory between calls; ``auto``: where there is a GPU.
@@ -51,13 +53,15 @@ class JudgeReward:
         model: str | Path,
         *,
         captions: str | Path | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         share_base: bool | Literal["auto"] = "auto",
         offload: bool | Literal["auto"] = "auto",
         dtype: Dtype = "auto",
         name: str | None = None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
             raise RewardError(f"batch_size={batch_size!r} must be a whole number from 1 on. Correct it.")
         check_name("dtype", dtype, get_args(Dtype))
         for option, value in (("share_base", share_base), ("offload", offload)):
@@ -85,6 +89,11 @@ class JudgeReward:
         """Whether it stands on the policy's base."""
         return self._standing is not None and self._standing.shared
 
+    @property
+    def mark(self) -> tuple[str, str]:
+        """Its folder, and what becomes another one as soon as it is trained anew."""
+        return str(self.run.folder), self.run.mark
+
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def use_run(self, *, processor: Any = None, media: MediaOptions | None = None, **_: Any) -> None:
@@ -100,6 +109,7 @@ class JudgeReward:
         root: Path | None = None,
         sharing: "GroupSharing | None" = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        batch_size: int | None = None,
         split: str | None = None,
     ) -> None:
         """Stand on the policy's base, where that is the same one; else load a model of its own.
@@ -110,6 +120,7 @@ class JudgeReward:
             root: the folder that relative media paths start from.
             sharing: the trainer's own.
             autocast: the precision of training.
+            batch_size: rows of the policy's own micro-batch.
             split: what has split the policy's weights among processes; None where each has all of them.
 
         Raises:
@@ -119,20 +130,26 @@ class JudgeReward:
         from .standing import OnPolicy
 
         self._root = root or self._root
-        if self._standing is None or self._standing.shared:
-            reason = self._apart(model)
-            if reason is not None and self.share_base is True:
-                raise RewardError(f'share_base: "{self.run.folder}" cannot stand on the policy, because {reason}.')
-            if reason is not None:
-                self._standing = self._on_its_own()
-            elif split is not None:
-                raise UnsupportedError(
-                    f'The reward model "{self.run.folder}" stands on the base of the policy, which {split} splits '
-                    "among processes. Give share_base: false: each process then loads a reward model of its own."
-                )
-            elif self._standing is None or self._standing.model is not model:
+        reason = self._apart(model)
+        if reason is not None and self.share_base is True:
+            raise RewardError(f'share_base: "{self.run.folder}" cannot stand on the policy, because {reason}.')
+        if reason is None and split is not None:
+            raise UnsupportedError(
+                f'The reward model "{self.run.folder}" stands on the base of the policy, which {split} splits '
+                "among processes. Give share_base: false: each process then loads a reward model of its own."
+            )
+        if reason is None:  # also beside one of its own that it had before, and with another trainer's precision
+            if self._standing is None or self._standing.model is not model:
                 self._say_bits(model)
-                self._standing = OnPolicy(self.run, model, sharing, autocast, self.batch_size)
+            self._standing = OnPolicy(self.run, model, sharing, autocast, self.batch_size or batch_size or _ROWS)
+        elif self._standing is None or self._standing.shared:
+            if self.share_base == "auto":
+                logger.warning(
+                    'The reward model "%s" is loaded beside the policy, with a base of its own, because %s.',
+                    self.run.folder,
+                    reason,
+                )
+            self._standing = self._on_its_own()
         self._compare(template or {})
 
     def _apart(self, model: Any) -> str | None:
@@ -156,7 +173,7 @@ class JudgeReward:
         from .standing import OnItsOwn
 
         offload = torch.cuda.is_available() if self.offload == "auto" else bool(self.offload)
-        return OnItsOwn(self.run, self.dtype, offload, self.batch_size)
+        return OnItsOwn(self.run, self.dtype, offload, self.batch_size or _ROWS)
 
     def _say_bits(self, model: Any) -> None:
         in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
@@ -226,8 +243,11 @@ class JudgeReward:
             rows = self._rows.of(prompts, columns, intake, theirs)
             samples = [sample for sample, _ in rows]
             read = self.captions.of(samples, captions)
-            suffixes = [
-                self.run.prompt.suffix(intake.processor, sample, completion_text(completion), some, **intake.template)
-                for sample, completion, some in zip(samples, completions, read, strict=True)
-            ]
+            written: dict[tuple[int, str, tuple[str, ...]], list[int]] = {}  # completions of a group are often alike
+            suffixes = []
+            for sample, completion, some in zip(samples, completions, read, strict=True):
+                text = completion_text(completion)
+                if (key := (id(sample), text, tuple(some))) not in written:
+                    written[key] = self.run.prompt.suffix(intake.processor, sample, text, some, **intake.template)
+                suffixes.append(written[key])
         return self._standing([encoding for _, encoding in rows], suffixes) if rows else []

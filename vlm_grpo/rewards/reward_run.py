@@ -1,5 +1,6 @@
 """The folder of a trained reward model: what it must hold to be a reward, looked at before a model is loaded."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class RewardRun:
         facts: what ``reward_model.json`` holds.
         prompt: how it is asked.
         config: of the run that trained it, where that is there.
+        mark: another one as soon as it has been trained anew, or is asked otherwise.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class RewardRun:
     facts: dict[str, Any]
     prompt: "JudgePrompt"
     config: RunConfig | None
+    mark: str
 
     @property
     def in_4bit(self) -> bool:
@@ -94,7 +97,10 @@ class RewardRun:
         with naming(name):
             base = adapter_base(str(folder)) if adapter else str(folder)
             config = load_config(home / _CONFIG) if (home / _CONFIG).is_file() else None
-            return cls(folder, adapter, base, facts, JudgePrompt.load(folder), config)
+            prompt = JudgePrompt.load(folder)
+            # The head is always trained, and small.
+            mark = hashlib.sha256((folder / HEAD_FILE).read_bytes() + repr(prompt).encode()).hexdigest()
+            return cls(folder, adapter, base, facts, prompt, config, mark)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a run shows to those rewards that look at more than texts: the policy's model, and the rows as it sees them."""
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from ..data import Sample
     from ..encode import EncodedPrompt
+
+
+logger = logging.getLogger(__name__)
 
 
 class Shown(NamedTuple):
@@ -37,6 +41,21 @@ def show_model(functions: Iterable[Any], model: Any, **about: Any) -> None:
     """
     for use_model in _having(functions, "use_model"):
         use_model(model, **about)
+
+
+def marks(functions: Iterable[Any]) -> dict[str, str]:
+    """By folder, which reward models a run has: see ``JudgeReward.mark``."""
+    return dict(_having(functions, "mark"))
+
+
+def say_changed(functions: Iterable[Any], before: dict[str, str]) -> None:
+    """Say which reward models are others than those that the checkpoint was written with (its ``marks``)."""
+    for folder, mark in marks(functions).items():
+        if before.get(folder, mark) != mark:
+            logger.warning(
+                'The reward model "%s" has changed since the checkpoint was written: from here on the new one counts.',
+                folder,
+            )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..group import GroupSharing
 from ..judging.scores import Scores
 from ..models import load_model
 from ..models.adapters import load_role
-from ..models.heads import HEAD_FILE, heads_of, load_head
+from ..models.heads import heads_of, load_head
 from ..models.modes import without_checkpointing
 from ..randomness import same_random_states
 from .reward_run import RewardRun, naming
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 ROLE = "reward"
 # By policy, the adapters that were put on it for rewards: a second trainer of the same model finds them there.
-_ON: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDictionary()
+_ON: WeakKeyDictionary[nn.Module, dict[tuple[str, str], str]] = WeakKeyDictionary()
 
 
 class Standing:
@@ -76,7 +76,7 @@ class OnPolicy(Standing):
         batch_size: int,
     ) -> None:
         # A reward model that was trained anew in the same folder is another one.
-        key = (str(run.folder), (run.folder / HEAD_FILE).stat().st_mtime_ns)
+        key = (str(run.folder), run.mark)
         roles = _ON.setdefault(policy, {})
         self.role = roles.get(key, "")
         if self.role not in heads_of(policy):
@@ -118,9 +118,9 @@ class OnItsOwn(Standing):
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        if self._waits:
-            self.model.to(self._home)
         try:
+            if self._waits:
+                self.model.to(self._home)  # where there is no room for all of it, a part has moved
             yield
         finally:
             self._sleep()
