@@ -519,7 +519,7 @@ def off_by(gap: float):
 
 @pytest.mark.parametrize(("gap", "passes"), [(0.0, True), (9e-5, True), (2e-4, False), (float("nan"), False)])
 def test_what_rounding_may_explain(gap, passes):
-    model, rows, plain = off_by(gap)
+    model, rows, plain = off_by(apart)
     sharing = sharing_of(model)
     if passes:
         assert shared_logps(sharing, model, rows, plain) is not None
@@ -532,8 +532,8 @@ def test_what_rounding_may_explain(gap, passes):
 
 
 def test_16_bit_may_differ_by_more():
-    for gap, passes in ((2e-2, True), (5e-1, False)):
-        model, rows, plain = off_by(gap)
+    for apart, passes in ((2e-2, True), (5e-1, False)):
+        model, rows, plain = off_by(apart)
         sharing = sharing_of(model, "auto")
         sharing._is_16_bit = lambda model: True
         assert (shared_logps(sharing, model, rows, plain) is not None) == passes
