@@ -27,9 +27,11 @@ from vlm_grpo.encode import encode
 from vlm_grpo.errors import RewardError, UnsupportedError
 from vlm_grpo.evaluate import Yardstick, evaluate
 from vlm_grpo.evaluating import evaluate_run, job
+from vlm_grpo.group import GroupSharing
 from vlm_grpo.judging.prompt import JudgePrompt
 from vlm_grpo.models import load_model, load_processor
 from vlm_grpo.models.adapters import adapter_parameters, role
+from vlm_grpo.models.families import family_of, placeholder_ids
 from vlm_grpo.models.heads import HEAD_FILE, heads_of
 from vlm_grpo.rewards import as_functions, finite_reward, introduce, marks, say_changed, show_model, shown
 from vlm_grpo.rewards import standing as standings
@@ -295,7 +297,14 @@ def test_it_stands_anew_for_another_trainer(made):
     introduce([judge], processor=processor, media=MediaOptions())
     show_model([judge], model)
     assert judge.on_policy and judges.call(judge, rows, ["one"]) == pytest.approx(alone, abs=1e-5)
-    show_model([judge], model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+    def half() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    sharing = GroupSharing(family_of(model.config), "auto", placeholder_ids(model.config, processor), half)
+    show_model([judge], model, sharing=sharing, autocast=half)
+    show_model([judge], model)  # as an evaluation does
+    assert judge._standing.scores.sharing is sharing
     low = judges.call(judge, rows, ["one"])
     assert low != alone and low == pytest.approx(alone, abs=0.05) and list(model.peft_config) == ["default", "reward"]
 

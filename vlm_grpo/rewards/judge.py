@@ -138,10 +138,12 @@ class JudgeReward:
                 f'The reward model "{self.run.folder}" stands on the base of the policy, which {split} splits '
                 "among processes. Give share_base: false: each process then loads a reward model of its own."
             )
-        if reason is None:  # also beside one of its own that it had before, and with another trainer's precision
-            if self._standing is None or self._standing.model is not model:
+        if reason is None:  # also where it has had a model of its own
+            new = self._standing is None or self._standing.model is not model
+            if new:
                 self._say_bits(model)
-            self._standing = OnPolicy(self.run, model, sharing, autocast, self.batch_size or batch_size or _ROWS)
+            if new or sharing is not None:  # another trainer's precision; an evaluation leaves the trainer's
+                self._standing = OnPolicy(self.run, model, sharing, autocast, self.batch_size or batch_size or _ROWS)
         elif self._standing is None or self._standing.shared:
             if self.share_base == "auto":
                 logger.warning(
