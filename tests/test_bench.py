@@ -44,6 +44,8 @@ PROMISED = (
     "step_ratio step_ratio_rounds memory_ratio same_tokens max_logp_diff grad_rel_l2 phases reference model versions"
 )
 
+SLOW = pytest.mark.slow
+
 
 def call(*args: str) -> Result:
     return CliRunner().invoke(app, ["bench", *args])
@@ -55,7 +57,7 @@ def refused(*args: str) -> str:
     return result.stderr.strip()
 
 
-@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+@pytest.mark.parametrize("modality", [pytest.param("image", marks=SLOW), "video", pytest.param("audio", marks=SLOW)])
 def test_both_train_alike_on_prompts_of_the_wanted_length(modality):  # covers Q2
     said = []
     result = run_bench(replace(SMALL, modality=modality, beta=0.04), say=said.append)
@@ -74,6 +76,7 @@ def test_both_train_alike_on_prompts_of_the_wanted_length(modality):  # covers Q
     assert "hidden_size 64 (usually 384)" in said[0] and result["reference"] in said[0]
 
 
+@pytest.mark.slow
 def test_the_reference_reads_every_completions_prompt_by_itself(monkeypatch):
     """With audio the reference is ours with nothing shared; ours calls the processor once a step."""
     from vlm_grpo.intake import Intake
@@ -88,6 +91,7 @@ def test_the_reference_reads_every_completions_prompt_by_itself(monkeypatch):
     assert before >= 0 and counts[1] - before == steps * SMALL.num_generations
 
 
+@pytest.mark.slow
 def test_a_difference_between_the_trainers_is_seen(monkeypatch):
     """The comparison is of two models: a weight that differs shows in tokens, log-probabilities or gradients."""
     from vlm_grpo.bench import compare
@@ -164,6 +168,7 @@ def test_the_same_options_make_the_same_weights_and_rows():
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_the_last_line_is_one_json_object_and_a_sweep_is_drawn(tmp_path):
     out = tmp_path / "new" / "bench.png"
     case = (*ON_COMMAND_LINE, "--num-generations", "2,3", "--prompt-tokens", "80", "--beta=0.04")

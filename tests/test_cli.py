@@ -267,7 +267,8 @@ def test_chat_and_demo_pass_their_options_on(monkeypatch: pytest.MonkeyPatch):
     given = {"system": "s", "temperature": 0.5, "compare_base": True, "stream": False, "as_json": True}
     assert calls[-1] == ("runs/x", None, None, 256, nothing | given)
     assert call("demo", "--seed", "5", "--output", "o", "--json", "--full").exit_code == 0
-    assert calls[-1] == {"modality": "image", "seed": 5, "output": "o", "as_json": True, "full": True}
+    given = {"modality": "image", "seed": 5, "output": "o", "as_json": True, "full": True, "algorithm": "grpo"}
+    assert calls[-1] == given
     assert call("demo", "--modality", "smell").exit_code == 2
 
 

@@ -100,6 +100,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: str) -> Pa
     return tmp_path
 
 
+@pytest.mark.slow
 def test_conversations_preset_judge_killed_continued_evaluated(workplace: Path):
     # covers Q1, Q2, Q3, Q4, Q5, Q7, Q8, Q9, Q10, A4, O9
     called(0, "data", "inspect", "train.json")

@@ -517,9 +517,9 @@ def off_by(gap: float):
     return model, rows, plain
 
 
-@pytest.mark.parametrize(("gap", "passes"), [(0.0, True), (9e-5, True), (2e-4, False), (float("nan"), False)])
-def test_what_rounding_may_explain(gap, passes):
-    model, rows, plain = off_by(apart)
+@pytest.mark.parametrize(("gap_of_one", "passes"), [(0.0, True), (9e-5, True), (2e-4, False), (float("nan"), False)])
+def test_what_rounding_may_explain(gap_of_one, passes):
+    model, rows, plain = off_by(gap_of_one)
     sharing = sharing_of(model)
     if passes:
         assert shared_logps(sharing, model, rows, plain) is not None

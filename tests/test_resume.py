@@ -173,7 +173,13 @@ def check(setting: str, chosen: list[int], material: Path, folder: Path, largest
 QUICK = {"defaults": [2, 7], "num_iterations 2": [5, 6], "pretrained adapter, beta": [0, 8], "no adapter, beta": [7]}
 
 
-@pytest.mark.parametrize(("setting", "chosen"), QUICK.items())
+@pytest.mark.parametrize(
+    ("setting", "chosen"),
+    [
+        pytest.param(*item, marks=[] if item[0] == "pretrained adapter, beta" else pytest.mark.slow)
+        for item in QUICK.items()
+    ],
+)
 def test_kill_nine(setting, chosen, material, tmp_path, largest):
     # covers Q10; one or two moments a setting; the slow test has all ten, and all settings
     check(setting, chosen, material, tmp_path, largest)

@@ -796,9 +796,7 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "world", [pytest.param(w, marks=pytest.mark.slow) if w.startswith("a sub") else w for w in WORLDS]
-)
+@pytest.mark.parametrize("world", [pytest.param(w, marks=pytest.mark.slow) if w.startswith("a") else w for w in WORLDS])
 def test_one_step_in_any_import_order(world, tmp_path):
     # covers U5
     folder = tiny.save("qwen2_5_vl", tmp_path / "model")
