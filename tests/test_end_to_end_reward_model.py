@@ -97,6 +97,7 @@ def weights(*folders: Path) -> list[bytes]:
     return [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
 
 
+@pytest.mark.slow
 def test_preferences_to_reward_model_to_grpo_killed_and_continued(workplace: Path):
     # covers A3, A10, L1, L2, L3, L4, L5, L10, O3, O7, hold 2, hold 3
     called(0, "reward", "train", "judge.yaml", "--output", "whole")
