@@ -218,7 +218,8 @@ def test_pairs_are_read_as_a_users_and_the_chosen_word_is_scikit_learns(judged: 
     for picture, chosen, rejected in written + pairs_of(judged, preferences.PAIRS):
         assert chosen == digits.DIGITS[target[int(picture[:4])]] != rejected
     sample = to_sample(data[0])
-    assert [part["type"] for part in sample.prompt[0]["content"]] == ["image", "text"]  # type: ignore[index]
+    assert isinstance(sample.prompt, list)
+    assert [part["type"] for part in sample.prompt[0]["content"]] == ["image", "text"]
 
 
 def test_without_the_picture_no_word_is_better_than_another(judged: Path):

@@ -17,12 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vlm_grpo.collate import collate
+from vlm_grpo.config import RunConfig
 from vlm_grpo.data import Sample, to_sample
 from vlm_grpo.encode import encode
 from vlm_grpo.errors import CheckpointError, ConfigError, DataFormatError, EncodingError
 from vlm_grpo.judging.captions import Captions
 from vlm_grpo.judging.prompt import STEM, JudgePrompt, question_of
 from vlm_grpo.models.families import placeholder_ids
+from vlm_grpo.rewarding import read_judging
 
 FAMILIES = ("qwen2_5_vl", "smolvlm", "llava", "gemma3", "mllama", "qwen2_audio", "phi4_multimodal", "voxtral")
 JUDGE = JudgePrompt("Is {{ response }} good?{% for c in captions %} {{ c }}{% endfor %}", "Yes")
@@ -400,3 +402,12 @@ def test_a_file_that_holds_no_captions(tmp_path, content, message):  # covers L2
     assert "image_to_caption.json" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataFormatError, match="gone.json cannot be read .No such file"):
         Captions.read(tmp_path / "gone.json")
+
+
+def test_a_long_request_in_one_line_is_no_file_of_the_run():
+    # covers L2
+    """A name of so many letters is one that the system refuses to look for."""
+    request = "How good is this response, " + "really, " * 60 + "as a number?"
+    config = RunConfig.model_validate({"model": "m", "judge": {"prompt": request}})
+    judging = read_judging(config)
+    assert judging.judge.template == request and judging.files == ()

@@ -13,7 +13,7 @@ from .data.pairs import as_pairs
 from .errors import ConfigError, MediaError
 from .gathering import RunRows
 from .judging.captions import Captions
-from .judging.prompt import JudgePrompt
+from .judging.prompt import JudgePrompt, names_file
 from .models import is_adapter
 from .options import JudgeOptions, LoraOptions
 from .pairwise import longer_wins
@@ -94,8 +94,8 @@ def read_judging(config: RunConfig) -> Judging:
             'in captions %}" into it, or leave the captions out.'
         )
     captions = Captions.read(options.captions) if options.captions else None
-    named = [Path(name).expanduser() for name in (options.prompt, options.captions) if name and "\n" not in name]
-    return Judging(judge, captions, tuple(named))
+    prompt = options.prompt if options.prompt and names_file(options.prompt) else None
+    return Judging(judge, captions, tuple(Path(name).expanduser() for name in (prompt, options.captions) if name))
 
 
 def make_pairs(rows: RunRows, config: RunConfig, judging: Judging) -> None:

@@ -168,7 +168,7 @@ def evaluate(
     found: list[Answered] = []
     done = 0
     with same_random_states(), inference_mode(model), waiting() as wait:
-        for batch in _batches(rows, batch_size):
+        for batch in batches(rows, batch_size):
             read = _read(asked.intake, batch, done, change)
             done += len(batch)
             if read:
@@ -273,7 +273,8 @@ def _read(intake: Intake, batch: list[dict[str, Any]], done: int, change: Exchan
     return out
 
 
-def _batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows in lists of ``size``, the last one perhaps shorter."""
     batch = []
     for row in rows:
         batch.append(row)

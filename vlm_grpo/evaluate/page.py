@@ -52,15 +52,15 @@ def title(state: str, found: dict[str, Any]) -> str:
 
 
 def _lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    yield "accuracy", [_accuracy(state) for state in found]
+    yield "accuracy", [accuracy_of(state) for state in found]
     for k in _keys(found, "pass@k"):
-        yield f"pass@{k}", [_percent(state.get("pass@k", {}).get(k)) for state in found]
+        yield f"pass@{k}", [percent(state.get("pass@k", {}).get(k)) for state in found]
     for key, name in (("war", "WAR"), ("uar", "UAR")):
         if any(key in state for state in found):
-            yield name, [_percent(state.get(key)) for state in found]
+            yield name, [percent(state.get(key)) for state in found]
     if any("yes_no" in state for state in found):
         for key, name in _YES_NO.items():
-            yield f"yes/no {name}", [_percent(state.get("yes_no", {}).get(key)) for state in found]
+            yield f"yes/no {name}", [percent(state.get("yes_no", {}).get(key)) for state in found]
     rewards = _keys(found, "rewards")
     for name in rewards:
         yield f"reward {name}", [_number(state["rewards"].get(name)) for state in found]
@@ -86,7 +86,7 @@ def _sentences(evaluation: dict[str, Any]) -> Iterator[str]:
         told = (
             f"{verdict} answers are right" if change["p"] < _LEVEL else "too little to tell the two apart on these rows"
         )
-        yield f"Change: {_points(change)}: {told}."
+        yield f"Change: {points(change)}: {told}."
     for state in states(evaluation):
         found = evaluation[state]
         if "kind" in found and found["change"]["rows"]:
@@ -97,13 +97,14 @@ def _sentences(evaluation: dict[str, Any]) -> Iterator[str]:
                 told = "the answers hang on the media"
             else:
                 told = "the answers are better that way, so look at the rows"
-            yield f"With {_DONE.get(found['kind'], found['kind'])}: {_points(change)}: {told}."
+            yield f"With {_DONE.get(found['kind'], found['kind'])}: {points(change)}: {told}."
 
 
-def _points(change: dict[str, Any]) -> str:
+def points(change: dict[str, Any], what: str = "rows") -> str:
+    """A paired change in words: difference, interval, p and how many."""
     low, high = (100 * end for end in change["ci95"])
     p = "p < 0.0001" if change["p"] < 0.0001 else f"p = {change['p']:.2g}"
-    return f"{100 * change['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {p}, {change['rows']} rows"
+    return f"{100 * change['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {p}, {change['rows']} {what}"
 
 
 def _by(column: str, found: dict[str, dict[str, Any]], names: list[str]) -> Table:
@@ -116,21 +117,23 @@ def _by(column: str, found: dict[str, dict[str, Any]], names: list[str]) -> Tabl
         table.add_column(Text(name), justify="right", overflow="fold")
     for value in values[:_MOST_VALUES]:
         rows = max(part[value]["rows"] for part in parts if value in part)
-        table.add_row(Text(value), str(rows), *(Text(_accuracy(part.get(value))) for part in parts))
+        table.add_row(Text(value), str(rows), *(Text(accuracy_of(part.get(value))) for part in parts))
     if len(values) > _MOST_VALUES:
         table.caption = f"and {len(values) - _MOST_VALUES} more values in evaluation.json"
         table.caption_justify = "left"
     return table
 
 
-def _accuracy(found: dict[str, Any] | None) -> str:
+def accuracy_of(found: dict[str, Any] | None) -> str:
+    """A state's accuracy with its interval; a dash where nothing was scored."""
     if found is None or found.get("unscored", 0) == found["rows"] > 0:
         return "-"
     low, high = found["ci95"]  # without a space between, where a narrow terminal would break the line
     return f"{100 * found['accuracy']:.1f}% [{100 * low:.1f}–{100 * high:.1f}]"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share from 0 to 1; a dash for None."""
     return "-" if value is None else f"{100 * value:.1f}%"
 
 

@@ -77,9 +77,9 @@ class JudgePrompt:
         stem = STEM if stem is None else stem
         if prompt is None:
             return cls(stem=stem)
-        if isinstance(prompt, str) and ("\n" in prompt or not prompt.strip().lower().endswith(_ENDINGS)):
-            _refuse_file(prompt)
-            return cls(prompt, stem)
+        if not names_file(prompt):
+            _refuse_file(str(prompt))
+            return cls(str(prompt), stem)
         path = Path(prompt).expanduser()
         try:
             template = path.read_bytes().decode("utf-8-sig")
@@ -154,6 +154,11 @@ class JudgePrompt:
             ) from error
         _check(template, f"{_NAME} {Path(folder, TEMPLATE_FILE)}")
         return cls(template, stem)
+
+
+def names_file(prompt: str | Path) -> bool:
+    """Whether a config's prompt is the name of a file, rather than the template itself."""
+    return isinstance(prompt, Path) or ("\n" not in prompt and prompt.strip().lower().endswith(_ENDINGS))
 
 
 def _refuse_file(text: str) -> None:

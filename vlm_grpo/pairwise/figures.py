@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..evaluate.statistics import paired_change, wilson
+from ..report.judged import rank_correlation
 from .judging import JudgedPair, PairEvaluation
 
 STRONG = 0.5  # a correlation of this size is said
@@ -34,7 +35,7 @@ def figures(evaluation: PairEvaluation) -> dict[str, Any]:
         "margin": math.fsum(margins) / max(1, len(rows)),
         "mean_reward": mean,
         "reward_std": math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / max(1, len(scores))),
-        "length_correlation": spearman(scores, lengths),
+        "length_correlation": rank_correlation(scores, lengths),
         "prefers_longer": _prefers_longer(rows),
         "longer_wins": longer_wins((row.chosen, row.rejected) for row in rows),
     }
@@ -56,19 +57,6 @@ def _prefers_longer(rows: Sequence[JudgedPair]) -> float | None:
     told = [row for row in rows if len(row.chosen) != len(row.rejected) and row.margin != 0]
     longer = [(len(row.chosen) > len(row.rejected)) == (row.margin > 0) for row in told]
     return sum(longer) / len(longer) if longer else None
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation; None where one of the two is constant.
-
-    >>> spearman([1, 2, 3], [10, 20, 15])
-    0.5
-    """
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(first, second).statistic)  # type: ignore[attr-defined]
 
 
 def pair_change(before: Mapping[int, bool], after: Mapping[int, bool]) -> dict[str, Any]:

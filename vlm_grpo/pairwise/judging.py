@@ -11,6 +11,7 @@ from ..data import Sample, to_sample, undecoded
 from ..encode import EncodedPrompt
 from ..errors import EncodingError, MediaError, OverlongError
 from ..evaluate.controls import Exchange, exchange
+from ..evaluate.evaluation import batches
 from ..intake import Intake
 from ..judging.captions import Captions
 from ..judging.prompt import JudgePrompt
@@ -95,7 +96,7 @@ def judge_pairs(
     done = 0
     with restored(scores.model), torch.no_grad():
         scores.model.eval()
-        for batch in _batches(rows, batch_size):
+        for batch in batches(rows, batch_size):
             read = list(_read(intake, batch, done, change))
             done += len(batch)
             if read:
@@ -149,14 +150,3 @@ def _read(intake: Intake, batch: list[dict[str, Any]], done: int, change: Exchan
             intake.leave_out(error)
             continue
         yield _Read(number, row, sample, encoding)
-
-
-def _batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

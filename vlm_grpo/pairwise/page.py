@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluate.page import states, title
+from ..evaluate.page import accuracy_of, percent, points, states, title
 from .figures import STRONG
 
 _LEVEL = 0.05
@@ -35,11 +35,11 @@ def page(evaluation: dict[str, Any]) -> RenderableType:
 
 
 def _lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    yield "accuracy", [_accuracy(state) for state in found]
+    yield "accuracy", [accuracy_of(state) for state in found]
     yield "margin", [f"{state['margin']:.2f}" for state in found]
     yield "score", [f"{state['mean_reward']:.2f} ± {state['reward_std']:.2f}" for state in found]
     yield "likes length", [_number(state["length_correlation"]) for state in found]
-    yield "takes longer", [_percent(state["prefers_longer"]) for state in found]
+    yield "takes longer", [percent(state["prefers_longer"]) for state in found]
     yield "pairs", [str(state["rows"]) for state in found]
     for key, name in (("ties", "equal scores"), ("left_out", "left out")):
         if any(key in state for state in found):
@@ -55,7 +55,7 @@ def sentences(evaluation: dict[str, Any]) -> Iterator[str]:
     if change.get("rows"):
         verdict = "more" if change["difference"] > 0 else "fewer"
         told = f"{verdict} pairs are right" if change["p"] < _LEVEL else "too little to tell the two apart"
-        yield f"Change by training: {_points(change)}: {told}."
+        yield f"Change by training: {points(change, 'pairs')}: {told}."
     after = evaluation.get("after")
     if after is None:
         return
@@ -68,7 +68,7 @@ def sentences(evaluation: dict[str, Any]) -> Iterator[str]:
 
 def _of_media(after: dict[str, Any], control: dict[str, Any]) -> str:
     kept = ", the captions kept," if control.get("captions") else ""
-    blank = f"With its media blanked{kept} the accuracy is {_accuracy(control)}"
+    blank = f"With its media blanked{kept} the accuracy is {accuracy_of(control)}"
     low, high = after["ci95"]
     if control["ci95"][1] < low:
         return f"{blank}: the judge needs the media."
@@ -84,21 +84,6 @@ def _of_length(after: dict[str, Any]) -> Iterator[str]:
     rule = "" if wins is None else f" On these pairs the rule that the longer one wins is right in {wins:.0%}."
     likes = "long" if rho > 0 else "short"
     yield f"This judge likes {likes} responses: score and length correlate by {rho:+.2f}.{rule}"
-
-
-def _points(change: dict[str, Any]) -> str:
-    low, high = (100 * end for end in change["ci95"])
-    p = "p < 0.0001" if change["p"] < 0.0001 else f"p = {change['p']:.2g}"
-    return f"{100 * change['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {p}, {change['rows']} pairs"
-
-
-def _accuracy(found: dict[str, Any]) -> str:
-    low, high = found["ci95"]  # without a space between, where a narrow terminal would break the line
-    return f"{100 * found['accuracy']:.1f}% [{100 * low:.1f}–{100 * high:.1f}]"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def _number(value: float | None) -> str:

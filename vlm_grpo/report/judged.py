@@ -1,10 +1,9 @@
 """A run that learns from a judge: whether what the judge gives and what is true go together."""
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import correlation, fmean, variance
+from statistics import fmean, variance
 from typing import Any, NamedTuple
 
 from .curves import judged_drawing
@@ -107,13 +106,10 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     """Spearman's, -1 to 1; None of fewer than three values, or where one side is always the same."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return correlation(_ranks(first), _ranks(second))
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Equal values share the mean of their places."""
-    ordered = sorted(values)
-    return [(bisect_left(ordered, value) + bisect_right(ordered, value)) / 2 for value in values]
+    found: Any = spearmanr(first, second)
+    return float(found.statistic)
 
 
 def _agreeing(found: Agreement) -> list[str]:
