@@ -20,7 +20,7 @@ from .recipes import Recipe
 from .stages import continued_config, figures_of, grpo_config, look, percent, warm_config, whole
 
 REWARD = {
-    "max_steps": 200,
+    "max_steps": 300,
     "per_device_train_batch_size": 48,  # pairs
     "learning_rate": 4e-3,
     "warmup_steps": 20,
@@ -29,6 +29,9 @@ REWARD = {
     "per_device_eval_batch_size": 64,
     "gradient_checkpointing": False,
 }
+# A score also ranks wrong answers: a group without a right one teaches a wrong one, and the right one dies out before
+# it was ever sampled. More answers a group, and the warm start's own, keep it alive.
+FROM_SCORES = {"num_generations": 16, "beta": 0.05}
 
 
 def from_reward_model(recipe: Recipe, folder: Path, seed: int, full: bool, console: Console) -> dict[str, Any]:
@@ -57,8 +60,9 @@ def from_reward_model(recipe: Recipe, folder: Path, seed: int, full: bool, conso
 
 
 def judged(recipe: Recipe) -> Recipe:
-    """The image demo's recipe, with pairs among its rows and the judge's words among the model's."""
-    return replace(recipe, write_data=write_preferences, save_model=partial(save_tiny_model, words=WORDS))
+    """The image demo's recipe, with pairs among its rows, the judge's words among the model's, and what a score asks for."""
+    own = {"save_model": partial(save_tiny_model, words=WORDS), "grpo": {**recipe.grpo, **FROM_SCORES}}
+    return replace(recipe, write_data=write_preferences, **own)
 
 
 def reward_config(recipe: Recipe, folder: Path, seed: int, captions: bool = False) -> RunConfig:
