@@ -124,7 +124,8 @@ def check(names: list[str], folder: Path, largest: Any) -> dict[str, tuple[dict,
             assert two.keys() == alone.keys() and two == pytest.approx(alone, abs=1e-5, rel=1e-5), name
         assert expected["same"] and all(result["same"] for result in found), "as if nothing had happened"
         assert not found[1]["written"] and found[0]["written"] == expected["written"], "by the first process alone"
-        assert found[0]["files"] == expected["files"] != []
+        assert found[0]["files"] == expected["files"]
+        assert bool(expected["files"]) == (name in REWARD), "a judge's head stays in its own folder"
         out[name] = expected, found
     return out
 
@@ -139,7 +140,6 @@ def test_two_processes_train_a_reward_model_as_one(tmp_path, largest):  # covers
 @pytest.mark.slow
 def test_two_processes_are_judged_as_one(tmp_path, largest):  # covers A3 L5 O3
     for name, (expected, found) in check(list(JUDGED), tmp_path, largest).items():
-        assert expected["files"] == [f"checkpoint-{step}/reward/head.safetensors" for step in (1, 2)], name
         scores = torch.cat(expected["rewards"])
         assert scores.std() > 0.01
         for result in found:
