@@ -136,7 +136,7 @@ def test_a_conversation_keeps_its_turns_and_media_in_order():
 def test_a_reward_row_of_llava_rlhf_asks_its_first_turn():  # covers L7
     row = canonical(L7)
     assert row["prompt"] == user({"type": "image"}, text("\nIs there a dog?"))
-    assert (row["completion"], row["answer"]) == (said("Yes, there is."), "Yes, there is.")
+    assert (row["completion"], row["answer"]) == (said("Yes, there is."), "yes")
     assert (row["caption_type"], row["length_bonus"]) == (7, 0.5)
     assert row["conversations"] == L7["conversations"], "later turns are kept beside"
 

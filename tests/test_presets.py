@@ -5,6 +5,7 @@ import pytest
 from vlm_grpo import load_rewards
 from vlm_grpo.config import load_config, resolved, to_yaml
 from vlm_grpo.errors import ConfigError
+from vlm_grpo.ppo_config import VLMPPOConfig
 from vlm_grpo.presets import PRESETS
 from vlm_grpo.trainer_config import VLMGRPOConfig, build_args
 
@@ -35,11 +36,34 @@ PUBLISHED = {
         "media.min_pixels": 3136,
         "media.max_pixels": 12845056,
     },
+    "llava-rlhf": {
+        "algorithm": "ppo",
+        "load_in_4bit": True,
+        "lora.r": 64,
+        "lora.alpha": 16,
+        "train.kl_coef": 0.1,
+        "train.kl_estimator": "k1_clamped",
+        "train.lam": 1.0,
+        "train.num_iterations": 2,
+        "train.missing_eos_penalty": 8.0,
+        "train.learning_rate": 3e-5,
+        "train.lr_scheduler_type": "cosine",
+    },
+    "qwen2-audio-ppo": {
+        "algorithm": "ppo",
+        "train.kl_coef": 0.2,
+        "train.kl_target": 6.0,
+        "train.kl_horizon": 10000,
+        "train.lam": 0.95,
+        "train.num_iterations": 4,
+    },
 }
 REWARDS = {
     "unsloth-vlm": [],
     "qwen-video": [("format", 0.3, {}), ("actions", 0.7, {})],
     "r1-omni": [("accuracy", 1.0, {"method": "math"}), ("format", 1.0, {"strict": True})],
+    "llava-rlhf": [("caption_type", 1.0, {}), ("length_bonus", 1.0, {})],
+    "qwen2-audio-ppo": [("asr", 1.0, {"variant": "ppo"})],
 }
 
 
@@ -52,7 +76,8 @@ def test_a_preset_resolves(name, tmp_path):
         section, _, last = key.rpartition(".")
         assert (plain[section] if section else plain)[last] == expected, key
     assert [(spec.name, spec.weight, spec.kwargs) for spec in config.rewards] == REWARDS[name]
-    args = build_args(VLMGRPOConfig, config.train, output_dir=str(tmp_path))
+    cls = VLMPPOConfig if config.algorithm == "ppo" else VLMGRPOConfig
+    args = build_args(cls, config.train, output_dir=str(tmp_path))
     for key, expected in PUBLISHED[name].items():
         if key.startswith("train."):
             value = getattr(args, key[6:])

@@ -40,6 +40,8 @@ REWARDS: list[dict[str, Any]] = [
     {"name": "ocr", "scale": 2, "shift": -1, "clip": [-0.5, 0.5]},
     {"name": "length", "kwargs": {"variant": "llava-rlhf"}},
     {"name": "overlong"},
+    {"name": "length_bonus"},
+    {"name": "caption_type", "columns": {"caption_type": "kind"}},
     {"name": "repetition", "kwargs": {"unit": "words", "ngram": 1}},
     {"name": "own.py:waits", "timeout": 5},
     {"name": "own.py:lengths", "columns": {"texts": "transcript"}},
@@ -54,7 +56,7 @@ def row(number: int) -> dict[str, Any]:
     ]
     facts = {"acts": f"(1) ({number + 2})", "count": number, "transcript": " ".join(tiny.WORDS[: number + 2])}
     same = {"tags": f"t{number}", "method": "photo", "strict": "no", "partial": number}
-    box = {"boxes": [[4, 4, 30, 20 + number]], "length_bonus": 1.0 + number}
+    box = {"boxes": [[4, 4, 30, 20 + number]], "length_bonus": 1.0 + number, "kind": 4 + number}
     return {"conversations": turns, "image": f"{number}.png", **facts, **same, **box}
 
 
@@ -113,6 +115,7 @@ def test_every_built_in_reward_in_one_run(workplace: Path, shared: Path):
     expected = alone(rewards, [row(int(sample["answer"])) for sample in samples], samples, shared)
     for number, sample in enumerate(samples):
         own, right = sample["rewards"], row(int(sample["answer"]))
+        assert own.pop("length_bonus") == own["length"], "one rule by two names"
         tokens = own.pop("length") / (-10 * right["length_bonus"]) * LENGTH
         assert tokens == pytest.approx(round(tokens)) and 1 <= tokens <= LENGTH, "of its own row's bonus"
         assert own.pop("overlong") == (-1.0 if round(tokens) == LENGTH else 0.0), "the run's limit, a fifth of it is 1"
@@ -123,7 +126,7 @@ def alone(rewards: list[dict], rows: list[dict], samples: list[dict], shared: Pa
     """The same rewards outside of any trainer, one row a call."""
     from transformers import AutoProcessor
 
-    specs = [spec for spec in rewards if spec["name"] not in ("length", "overlong")]
+    specs = [spec for spec in rewards if spec["name"] not in ("length", "overlong", "length_bonus")]
     functions, _ = load_rewards(load_config(direct={"model": "none", "rewards": specs}).rewards)
     introduce(functions, processor=AutoProcessor.from_pretrained(shared / "model"), media=MediaOptions())
     found: dict[str, list[Any]] = {}

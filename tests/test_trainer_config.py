@@ -18,6 +18,7 @@ from vlm_grpo.config import load_config, require
 from vlm_grpo.errors import ConfigError, UnsupportedError, VLMGRPOError
 from vlm_grpo.patches.own import private_copy
 from vlm_grpo.patches.trl import own_grpo_config
+from vlm_grpo.ppo_config import VLMPPOConfig
 from vlm_grpo.reward_model import VLMRewardConfig
 from vlm_grpo.trainer_config import (
     _CHOICES,
@@ -285,6 +286,11 @@ def test_every_example_config_resolves(path: Path):
         assert build_args(VLMRewardConfig, config.train, output_dir=config.output).center_rewards_coefficient == 1e-3
         return
     require(config, "train")
+    if config.algorithm == "ppo":
+        args = build_args(VLMPPOConfig, config.train, output_dir=config.output)
+        assert args.num_generations == 1 and args.steps_per_generation == 2 * args.gradient_accumulation_steps
+        assert config.load_in_4bit
+        return
     args = build_args(VLMGRPOConfig, config.train, output_dir=config.output)
     assert args.per_device_train_batch_size == args.num_generations, "one group a batch"
     if path.stem.startswith("qwen2.5-vl"):

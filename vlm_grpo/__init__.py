@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "VLMGRPOTrainer": "trainer",
     "VLMGRPOConfig": "trainer_config",
+    "VLMPPOTrainer": "ppo",
+    "VLMPPOConfig": "ppo_config",
     "VLMSFTTrainer": "sft",
     "VLMSFTConfig": "sft",
     "VLMRewardTrainer": "reward_model",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from .patches.unsloth import apply_unsloth_patch as apply_unsloth_patch
     from .patches.unsloth import undo_unsloth_patch as undo_unsloth_patch
     from .patches.unsloth import unsloth_patch as unsloth_patch
+    from .ppo import VLMPPOTrainer as VLMPPOTrainer
+    from .ppo_config import VLMPPOConfig as VLMPPOConfig
     from .reward_model import VLMRewardConfig as VLMRewardConfig
     from .reward_model import VLMRewardTrainer as VLMRewardTrainer
     from .rewards import load_rewards as load_rewards

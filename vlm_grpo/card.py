@@ -12,7 +12,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from .config import RewardSpec, RunConfig
+from .config import RewardSpec, RunConfig, method
 from .folder import EVALUATION, METRICS, RESULT, read_json
 from .models import REWARD_MODEL, is_adapter
 from .models.hf import looks_like_path
@@ -20,8 +20,13 @@ from .report import duration, read_jsonl, verdicts
 
 CARD = "README.md"
 _REWARD_TRAIN = "reward-train"
-_ALGORITHMS = {"train": "GRPO", "sft": "supervised fine-tuning", _REWARD_TRAIN: "pairwise reward modelling"}
-_TAGS = {"train": "grpo", "sft": "sft", _REWARD_TRAIN: "reward-model"}
+_ALGORITHMS = {
+    "train": "GRPO",
+    "ppo": "PPO",
+    "sft": "supervised fine-tuning",
+    _REWARD_TRAIN: "pairwise reward modelling",
+}
+_TAGS = {"train": "grpo", "ppo": "ppo", "sft": "sft", _REWARD_TRAIN: "reward-model"}
 _STATES = {"before": "before training", "after": "after training", "control": "after training, media blanked"}
 _OPTIONS = (
     *("seed", "learning_rate", "vision_learning_rate", "audio_learning_rate", "projector_learning_rate"),
@@ -48,9 +53,9 @@ def write_run_card(folder: Path, config: RunConfig, command: str, rows: int | No
     left_out = result.get("left_out", {})
     library = "peft" if adapter else "transformers"
     parts = [
-        front_matter(config.model, library, command, ["lora"] if adapter and config.lora else []),
+        front_matter(config.model, library, method(config, command), ["lora"] if adapter and config.lora else []),
         f"# {title(folder.name, config.model)}",
-        f"Trained by {_ALGORITHMS[command]} with vlm-grpo {_version('vlm-grpo')}.",
+        f"Trained by {_ALGORITHMS[method(config, command)]} with vlm-grpo {_version('vlm-grpo')}.",
         *section("What it judges", _judges(folder) if is_judge else []),
         *section("Data", _data(config, rows, held_out_rows, left_out, "pairs" if is_judge else "rows")),
         *section("Rewards", _rewards_table(config) if command == "train" else []),
@@ -101,7 +106,7 @@ def algorithm(config: RunConfig, command: str | None, adapter: bool, in_4bit: bo
     rank = f", rank {config.lora.r}" if config.lora else ""
     trained = f"{config.parts}{rank}" if adapter else "all weights"
     weights = "4-bit base, " if in_4bit else ""
-    return f"- algorithm: {_ALGORITHMS.get(command or '', command)} ({weights}{trained})"
+    return f"- algorithm: {_ALGORITHMS.get(learns := method(config, command), learns)} ({weights}{trained})"
 
 
 def rewards_line(config: RunConfig) -> str:

@@ -67,6 +67,9 @@ class RunConfig(Options):
         description="Train what maps features of media into the language model: lora, full or off; unset: off beside "
         "lora.",
     )
+    algorithm: Literal["grpo", "ppo"] | None = Field(
+        default=None, description="What train learns by: grpo (unset), or ppo with values and a KL penalty."
+    )
     data: DataOptions = Field(default_factory=DataOptions, description="Training and held-out rows.")
     media: MediaOptions = Field(default_factory=MediaOptions, description="How media are opened and checked.")
     rewards: list[RewardSpec] = Field(
@@ -82,7 +85,7 @@ class RunConfig(Options):
         default=None, gt=0, description="Stop and save after so many minutes of training."
     )
     train: dict[str, Any] = Field(
-        default_factory=dict, description="Any option of VLMGRPOConfig or of TRL's GRPOConfig, by name."
+        default_factory=dict, description="Any option of VLMGRPOConfig, VLMPPOConfig or TRL's GRPOConfig, by name."
     )
 
     _notes: list[str] = PrivateAttr(default_factory=list)
@@ -299,6 +302,10 @@ def require(config: RunConfig, command: str) -> None:
         raise ConfigError(f"{said}: no training rows. Give --data FILE.jsonl, or data: in the config file.")
     if command == "train" and not config.rewards:
         raise ConfigError('train: no reward. Give --reward accuracy, or rewards: ["file.py:function"] in the config.')
+    if command != "train" and config.algorithm is not None:
+        raise ConfigError(
+            f"{said}: algorithm={config.algorithm} has no use, since only train has several. Leave it out."
+        )
     if command != "reward-train":
         if config.judge is not None:
             raise ConfigError(f"{said}: judge has no use, since no reward model is trained. Leave it out.")
@@ -316,6 +323,11 @@ def require(config: RunConfig, command: str) -> None:
 def said_as(command: str) -> str:
     """A command as it is typed: ``reward train``."""
     return command.replace("-", " ")
+
+
+def method(config: RunConfig, command: str | None) -> str:
+    """What a command learns by: ``ppo`` where ``train`` is to, else the command itself."""
+    return "ppo" if command == "train" and config.algorithm == "ppo" else command or ""
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Diagnosis(TrainerCallback):
         metrics: where metrics are gathered, a list by name, until the next log.
         max_length: the limit of a completion, in tokens.
         each: rewards are normalised one by one before TRL adds them up.
+        compares: completions of a prompt are compared with each other, and ``kl`` is that of a token. Else groups are
+            not looked at, and it is that of a completion.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Diagnosis(TrainerCallback):
         metrics: dict[str, list[float]],
         max_length: int,
         each: bool = False,
+        compares: bool = True,
     ) -> None:
         self.names, self.weights, self.group, self.each = list(names), list(weights), group, each
+        self.compares, self.leash = compares, "beta" if compares else "kl_coef"
         self.metrics, self.max_length = metrics, max_length
         self.ranges = Ranges()
         self._ties: deque[tuple[Tie | None, float]] = deque(maxlen=GROUPS)
@@ -90,7 +94,8 @@ class Diagnosis(TrainerCallback):
         kinds = [tie for tie, _ in self.drawn(rewards)]
         self._rollouts += 1
         dead = sum(kind is not None for kind in kinds)
-        for name, count in (("dead", dead), ("dead_low", kinds.count("low")), ("dead_high", kinds.count("high"))):
+        counts = (("dead", dead), ("dead_low", kinds.count("low")), ("dead_high", kinds.count("high")))
+        for name, count in counts if self.compares else ():
             self.metrics.setdefault(f"groups/{name}", []).append(count / max(1, len(kinds)))
         for number, name in enumerate(self.names):
             self._note_same(name, [row[number] for row in rewards])
@@ -125,7 +130,8 @@ class Diagnosis(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs: Any):
         if state.is_world_process_zero:
             self._judge_constants(state.global_step)
-            self._judge_groups(state.global_step)
+            if self.compares:
+                self._judge_groups(state.global_step)
 
     # ---- what it says -------------------------------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class Diagnosis(TrainerCallback):
                 continue
             low, high = sorted(self.ranges.of(number), key=lambda end: end * self.weights[number])
             # Of a single reward, the sentences on groups say the same.
-            alone = len(self.names) == 1 and (value in (low, high) or "between" in self._said)
+            alone = self.compares and len(self.names) == 1 and (value in (low, high) or "between" in self._said)
             if alone or (varied and value == high):  # it has been learned
                 continue
             gave = "None for" if value is None else f"{value:g} for"
@@ -190,6 +196,7 @@ class Diagnosis(TrainerCallback):
         now = {name: statistics.median(late) for name, late in self._late.items() if len(late) == LOGS}
         began = {name: statistics.median(first) for name, first in self._first.items() if len(first) == LOGS}
         length, clipped, kl, entropy = (now.get(name, math.nan) for name in _TRENDS)
+        kl = kl if self.compares else kl / max(1.0, length)
         # What is cut off needs no comparison with the start: the first logs tell already.
         clipped = began.get("completions/clipped_ratio", math.nan) if math.isnan(clipped) else clipped
         if clipped >= CLIPPED:
@@ -219,7 +226,7 @@ class Diagnosis(TrainerCallback):
                 "kl",
                 step,
                 f"the KL divergence from the reference is {kl:.3g} nats a token: the policy has left the reference "
-                "behind. Lower learning_rate, or raise beta, and look at the completions in samples.jsonl.",
+                f"behind. Lower learning_rate, or raise {self.leash}, and look at the completions in samples.jsonl.",
             )
         elif abs(kl) < KL_NONE and step >= NO_KL_AFTER * last and not explained:
             self._say(
@@ -288,6 +295,7 @@ def install_diagnosis(trainer: Any) -> None:
         trainer._metrics["train"],
         trainer.args.max_completion_length,
         trainer.multi_objective_aggregation == "normalize_then_sum",
+        trainer.compares,
     )
     trainer.add_callback(trainer._diagnosis)
 
@@ -303,6 +311,7 @@ def note_rollout(trainer: Any) -> None:
     metrics["completion_length"].append(metrics["completions/mean_length"][-1])
     if training:
         metrics["advantage/mean"].append(statistics.fmean(logs["advantages"]))
-        metrics["advantage/std"].append(statistics.stdev(logs["advantages"]))
+        some = len(logs["advantages"]) > 1
+        metrics["advantage/std"].append(statistics.stdev(logs["advantages"]) if some else 0.0)
         rewards = [logs["rewards"][name] for name in trainer.reward_func_names]
         trainer._diagnosis.rollout(list(zip(*rewards, strict=True)))

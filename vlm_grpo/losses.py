@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
+from .advantages import masked_mean, require_shape
+from .errors import ConfigError
+
 # 16 MiB of fp32 logits, of which a handful of copies exist at a time: full matmul speed, little memory.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -71,6 +74,39 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, center: float = 0.0) -> Tens
         center: the coefficient of the second term.
     """
     return softplus(rejected - chosen).mean() + center * (chosen + rejected).mean().abs()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """How badly values foretell the returns; a value that has moved far already gains nothing from moving further.
+
+    ``0.5 * mean(max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2))`` over real tokens, as in TRL's former PPO and
+    in the code of Schulman et al. (2017).
+
+    Args:
+        values: (B, T).
+        old_values: (B, T), those of the rollout.
+        returns: (B, T).
+        mask: (B, T), 1 at real tokens; whatever the others hold, NaN included, has no part in it.
+        clip: the distance; None clips nothing.
+
+    Returns:
+        The loss (), 0 with a gradient of 0 where there is no real token; and the share of clipped tokens ().
+
+    Raises:
+        ConfigError: a ``clip`` of 0 or less.
+    """
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"cliprange_value={clip}: needs more than 0. Correct it, or give none for no clipping.")
+    require_shape(mask.shape, values=values, old_values=old_values, returns=returns)
+    # before the squares: a NaN behind them would come back through their derivative
+    values, old, returns = (torch.where(mask.bool(), part.float(), 0.0) for part in (values, old_values, returns))
+    losses = free = (values - returns).square()
+    if clip is not None:
+        clipped = (values.clamp(old - clip, old + clip) - returns).square()
+        losses = torch.maximum(free, clipped)
+    return 0.5 * masked_mean(losses, mask), masked_mean((losses > free).float(), mask)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ _QWEN_VIDEO = "the project's README"
 _OMNI = "src/r1-v/run_grpo_humanomni.sh"
 _OMNI_TRAINER = "humanOmni_grpo_trainer.py"
 _TRL = "the default of the TRL it was written for"
+_FACTUAL = "RLHF/scripts/7b-v1.5-224/train_rl_model.sh"
+_FACTUAL_DEFAULT = "the default in RLHF/finetune_lora_ppo.py"
+_FACTUAL_TRAINER = "RLHF/models/ppo_trainer.py"
+_FACTUAL_START = "RLHF/scripts/7b-v1.5-224/initialize_policy_model.sh"
+_AUDIO = "the default of the TRL PPOConfig it was written for"
 
 PRESETS: dict[str, Preset] = {
     "unsloth-vlm": Preset(
@@ -96,6 +101,64 @@ PRESETS: dict[str, Preset] = {
             Setting("media.min_pixels", 3136, f"{_OMNI_TRAINER}: min_pixels"),
             Setting("media.max_pixels", 12845056, f"{_OMNI_TRAINER}: max_pixels; more than 24 GB hold"),
             Setting("media.audio_in_video", True, "videos are heard too"),
+        ),
+    ),
+    "llava-rlhf": Preset(
+        "LLaVA-RLHF, PPO for answers that the picture supports: its rules beside the score of a reward model, which is "
+        "yours and has to be added: rewards: [{model: RUN, captions: FILE}, caption_type, length_bonus]",
+        (
+            Setting("algorithm", "ppo", _FACTUAL_TRAINER),
+            Setting(
+                "rewards",
+                [{"name": "caption_type"}, {"name": "length_bonus"}],
+                f"{_FACTUAL}: correct_bonus_score 2 and length_bonus_score -10, which these rewards multiply by",
+            ),
+            Setting("load_in_4bit", True, "RLHF/models/qlora_model.py: one base in 4 bits under all adapters"),
+            Setting("lora.r", 64, f"{_FACTUAL_START}: lora_r"),
+            Setting("lora.alpha", 16, "RLHF/finetune_lora_sft_ds.py: lora_alpha"),
+            Setting("lora.language", True, f"{_FACTUAL_START}: lora_modules, of the language model"),
+            Setting("lora.vision", False, "the vision tower stays frozen"),
+            Setting("lora.attention", True, f"{_FACTUAL_START}: lora_modules q_proj, k_proj, v_proj, o_proj"),
+            Setting("lora.mlp", True, f"{_FACTUAL_START}: lora_modules gate_proj, up_proj, down_proj"),
+            Setting("train.kl_coef", 0.1, f"{_FACTUAL}: kl_coef; adaptive_kl is off"),
+            Setting("train.kl_estimator", "k1_clamped", f"{_FACTUAL_TRAINER}: kl_approximator k1, at least 0"),
+            Setting("train.gamma", 1.0, f"{_FACTUAL_DEFAULT}: gamma"),
+            Setting("train.lam", 1.0, f"{_FACTUAL_DEFAULT}: lam"),
+            Setting("train.whiten_advantages", True, f"{_FACTUAL_TRAINER}: whiten(advantages)"),
+            Setting("train.whiten_rewards", False, f"{_FACTUAL}: whiten_rewards"),
+            Setting("train.epsilon", 0.2, f"{_FACTUAL_DEFAULT}: cliprange"),
+            Setting("train.cliprange_value", 0.2, f"{_FACTUAL_DEFAULT}: cliprange_value"),
+            Setting("train.vf_coef", 0.1, f"{_FACTUAL_DEFAULT}: vf_coef"),
+            Setting("train.num_iterations", 2, f"{_FACTUAL}: noptepochs"),
+            Setting("train.num_generations", 1, f"{_FACTUAL_TRAINER}: one response a query"),
+            Setting("train.temperature", 1.0, f"{_FACTUAL}: temperature"),
+            Setting("train.max_completion_length", 896, f"{_FACTUAL}: response_len"),
+            Setting("train.missing_eos_penalty", 8.0, f"{_FACTUAL}: penalty_reward_value -8, added to the score"),
+            Setting("train.learning_rate", 3e-5, f"{_FACTUAL}: learning_rate"),
+            Setting("train.lr_scheduler_type", "cosine", f"{_FACTUAL}: lr_scheduler_type"),
+            Setting("train.warmup_steps", 5, f"{_FACTUAL}: warmup_steps"),
+            Setting("train.max_grad_norm", 1.0, f"{_FACTUAL}: max_grad_norm"),
+            Setting("train.num_train_epochs", 4, f"{_FACTUAL}: total_epochs"),
+        ),
+    ),
+    "qwen2-audio-ppo": Preset(
+        "PPO for Qwen2-Audio: transcripts, with an adaptive KL penalty",
+        (
+            Setting("algorithm", "ppo", "its PPO trainer, with a value head"),
+            Setting(
+                "rewards",
+                [{"name": "asr", "kwargs": {"variant": "ppo"}}],
+                "its PPO reward: 3 (char + word + token similarity), -10 empty, -2 far too short or long",
+            ),
+            Setting("train.kl_coef", 0.2, f"{_AUDIO}: init_kl_coef"),
+            Setting("train.kl_target", 6.0, f"{_AUDIO}: target, with adap_kl_ctrl"),
+            Setting("train.kl_horizon", 10000, f"{_AUDIO}: horizon"),
+            Setting("train.gamma", 1.0, f"{_AUDIO}: gamma"),
+            Setting("train.lam", 0.95, f"{_AUDIO}: lam"),
+            Setting("train.epsilon", 0.2, f"{_AUDIO}: cliprange"),
+            Setting("train.cliprange_value", 0.2, f"{_AUDIO}: cliprange_value"),
+            Setting("train.vf_coef", 0.1, f"{_AUDIO}: vf_coef"),
+            Setting("train.num_iterations", 4, f"{_AUDIO}: ppo_epochs"),
         ),
     ),
 }

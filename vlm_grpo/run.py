@@ -17,7 +17,7 @@ from .callbacks import (
 )
 from .card import write_run_card
 from .checkpoint import MANIFEST, find_checkpoint, is_whole
-from .config import RunConfig, require, resolved, said_as
+from .config import RunConfig, method, require, resolved, said_as
 from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .folder import (
     CURVES,
@@ -39,6 +39,8 @@ from .held_out import HeldOut, run_yardstick
 from .models import check_trainable, is_adapter, load_model, refuse_reward_model
 from .notes import kept_warnings
 from .pairwise import HeldOutPairs
+from .ppo import VLMPPOTrainer
+from .ppo_config import VLMPPOConfig
 from .preparation import check_size
 from .progress import ProgressCallback
 from .report import draw_curves, write_report
@@ -62,13 +64,19 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 _SECONDS_BETWEEN_SAVES = 120.0
-_CONFIGS: dict[str, Any] = {"train": VLMGRPOConfig, "sft": VLMSFTConfig, REWARD_TRAIN: VLMRewardConfig}
+_CONFIGS: dict[str, Any] = {
+    "train": VLMGRPOConfig,
+    "ppo": VLMPPOConfig,
+    "sft": VLMSFTConfig,
+    REWARD_TRAIN: VLMRewardConfig,
+}
 # Options whose values a run writes down also where they are a library's defaults, which the next version may change.
 _WRITTEN = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("num_generations", "generation_batch_size", "num_iterations", "max_completion_length", "temperature", "top_p"),
     *("beta", "epsilon", "loss_type", "scale_rewards", "gradient_checkpointing", "disable_dropout"),
+    *("kl_coef", "kl_estimator", "kl_target", "gamma", "lam", "vf_coef", "cliprange_value", "whiten_advantages"),
     "center_rewards_coefficient",
     *_RUN_DEFAULTS,
 )
@@ -99,7 +107,7 @@ class RunResult:
 
 
 def train(config: RunConfig, *, fresh: bool = False, resume_from_checkpoint: str | None = None) -> RunResult:
-    """Reinforcement learning by GRPO, from the start or from where the run folder's last checkpoint is.
+    """Reinforcement learning by GRPO or PPO, from the start or from where the run folder's last checkpoint is.
 
     Raises:
         VLMGRPOError: anything about the config, data, rewards or folder that cannot work; nothing is written then.
@@ -151,9 +159,10 @@ class _Run:
         config = with_adapter(config) if command == REWARD_TRAIN else config
         check_trainable(config.model, config.load_in_4bit, config.parts)
         self.command = command
-        check_names(command, config.train, _CONFIGS)
+        learns = method(config, command)
+        check_names(learns, config.train, _CONFIGS)
         options = {**_RUN_DEFAULTS, **config.train}
-        self.args: Any = build_args(_CONFIGS[command], options, output_dir=str(run_folder(config)))
+        self.args: Any = build_args(_CONFIGS[learns], options, output_dir=str(run_folder(config)))
         self.config = config.model_copy(update={"train": {**_effective(self.args), **config.train}})
         self.rewards, self.weights = load_rewards(config.rewards) if config.rewards else ([], [])
         self.judging: Judging | None = read_judging(config) if command == REWARD_TRAIN else None
@@ -268,7 +277,8 @@ class _Run:
         try:
             media: dict[str, Any] = {"media": self.config.media, "media_root": self.config.data.media_root}
             if self.command == "train":
-                trainer: Any = VLMGRPOTrainer(model, self.rewards, self.args, self.data, evaluated, processor, **media)
+                cls = VLMPPOTrainer if self.config.algorithm == "ppo" else VLMGRPOTrainer
+                trainer: Any = cls(model, self.rewards, self.args, self.data, evaluated, processor, **media)
             elif self.judging is not None:
                 media |= {"judge": self.judging.judge, "captions": self.judging.captions}
                 trainer = VLMRewardTrainer(model, self.args, self.data, evaluated, processor, **media)

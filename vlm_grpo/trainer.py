@@ -92,6 +92,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
     """
 
     _tag_names = ["trl", "grpo", "vlm-grpo"]
+    compares = True  # the completions of a prompt with each other
 
     def __init__(
         self,
@@ -266,11 +267,11 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             )[0]
 
         with torch.no_grad(), without_checkpointing(self.model):
-            if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
+            if self._needs_old():
                 batch["old_per_token_logps"] = logps(self.model)
-            if self.beta != 0 and self.ref_model is not None:
+            if self._needs_reference() and self.ref_model is not None:
                 batch["ref_per_token_logps"] = logps(self.ref_model)
-            elif self.beta != 0:
+            elif self._needs_reference():
                 policy = self.accelerator.unwrap_model(self.model)
                 with role(policy, "ref" if "ref" in policy.peft_config else None):
                     batch["ref_per_token_logps"] = logps(self.model)
@@ -297,6 +298,12 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
             self._log_completion_extra("answer", [original["answer"] for original in originals])
         return self.failures.mask(rewards)
 
+    def _needs_old(self) -> bool:
+        return bool(self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations))
+
+    def _needs_reference(self) -> bool:
+        return self.beta != 0
+
     # ---- loss ---------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -304,7 +311,11 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         loss = super()._compute_loss(
             model, {**inputs, "num_images": Encodings(inputs["encodings"], self._idle(inputs))}
         )
-        return self.numbers.note(loss, inputs)
+        return self.numbers.note(self._whole_loss(loss, inputs), inputs)
+
+    def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss, and what a subclass adds to it."""
+        return loss
 
     def _idle(self, inputs: dict[str, Any]) -> list[bool]:
         """Of each row, whether nothing in the loss has a gradient for it."""
@@ -337,14 +348,19 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         if num_images is None:
             return None, None, None
         rows = num_images if isinstance(num_images, Encodings) else Encodings(num_images)
-        score = partial(score_rows, self, input_ids, attention_mask, logits_to_keep, rows, batch_size, compute_aux_loss)
-        logps, entropies, aux_loss = as_one_forward(model, score)  # also where others fall back, and this one does not
+        score = partial(self._score_rows, input_ids, attention_mask, logits_to_keep, rows, batch_size, compute_aux_loss)
+        # Also where others fall back, and this one does not.
+        logps, entropies, aux_loss, *self._beside = as_one_forward(model, score)
         if entropies is not None:  # hooks of what leaves DDP are given None where the loss does not use it
             entropies = entropies.view_as(entropies)
         for output in (logps, entropies if compute_entropy else None):
             self._gradient_check.watch(output, [encoded.senses for encoded in rows])
         self.numbers.said.watch(logps, rows)
         return logps, entropies if compute_entropy else None, aux_loss
+
+    def _score_rows(self, *arguments: Any) -> tuple[Any, ...]:
+        """What ``scoring.score_rows`` gives, and behind it what else a subclass takes from the same forward."""
+        return score_rows(self, *arguments)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with same_random_states():  # a run trains on the same completions, evaluated or not

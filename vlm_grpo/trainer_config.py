@@ -6,7 +6,7 @@ import os
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -52,6 +52,8 @@ class VLMGRPOConfig(RateOptions, GRPOConfig):
         ConfigError: values that cannot work together.
         UnsupportedError: an option of TRL's that this trainer has no test for.
     """
+
+    fewest_generations: ClassVar[int] = 2
 
     disable_dropout: bool = field(
         default=True,
@@ -137,9 +139,13 @@ class VLMGRPOConfig(RateOptions, GRPOConfig):
         _check_groups(self)
         resolve_precision(self)
         try:
-            super().__post_init__()
+            self._derive()
         except _REFUSALS as error:
             raise ConfigError(one_line(error)) from error
+
+    def _derive(self) -> None:
+        """TRL's own ``__post_init__``."""
+        super().__post_init__()
 
     @classmethod
     def of(cls, args: Any = None) -> "VLMGRPOConfig":
@@ -232,7 +238,7 @@ def _refuse_unsupported(config: Any) -> None:
             "liger_kernel_config's fused_linear_cross_entropy=True is not available here: it keeps the logits that "
             "log-probabilities are taken from. Leave it out."
         )
-    if config.num_generations is not None and config.num_generations < 2:
+    if config.num_generations is not None and config.num_generations < config.fewest_generations:
         raise ConfigError(
             f"num_generations={config.num_generations}: GRPO compares the completions of one prompt with each other, "
             "so a single one has no advantage. Give 2 or more."
@@ -247,6 +253,7 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_overlong": ("drop", "error"),
     "group_sharing": ("auto", True, False),
+    "kl_estimator": ("k1", "k1_clamped", "k3"),
     "group_attention": ("reference", "flex"),
     "gradient_checkpointing": (True, False, "unsloth"),
 }

@@ -1,4 +1,4 @@
-"""``vlm-grpo train``, ``vlm-grpo sft`` and ``vlm-grpo reward train``."""
+"""``vlm-grpo train``, ``vlm-grpo ppo``, ``vlm-grpo sft`` and ``vlm-grpo reward train``."""
 
 from typing import Annotated, Any
 
@@ -66,7 +66,8 @@ def _run(
         "max_minutes": max_minutes,
         "seed": seed,
     }
-    direct = {**ctx.meta[EXTRA], **{key: value for key, value in given.items() if value is not None}}
+    alias = {"algorithm": "ppo"} if ctx.info_name == "ppo" else {}
+    direct = {**ctx.meta[EXTRA], **alias, **{key: value for key, value in given.items() if value is not None}}
     resolved = load_config(config, settings, direct)
     require(resolved, command)
     resume = _checkpoint(resume_from_checkpoint, fresh)
@@ -95,8 +96,8 @@ _WITHOUT_REWARD = {
 
 
 def _command(ctx: typer.Context) -> str:
-    """As run folders have it: ``train``, ``sft`` or ``reward-train``."""
-    name = ctx.info_name or "train"
+    """As run folders have it: ``train``, ``sft`` or ``reward-train``; ``ppo`` is a ``train``."""
+    name = "train" if ctx.info_name in (None, "ppo") else ctx.info_name
     return f"reward-{name}" if ctx.parent is not None and ctx.parent.info_name == "reward" else name
 
 
@@ -133,7 +134,13 @@ def _left_out(counts: dict[str, int]) -> str:
 
 _SIGNALS = {"Ctrl-C": 130, "SIGTERM": 143}  # 128 + the signal's number, as a shell reports it
 _MORE = "Any option of TRL's GRPOConfig may follow by its name: --learning_rate 2e-5 --num_generations 4."
-app.command("train", cls=RunCommand, help="Train a model by GRPO.", epilog=_MORE)(_run)
+app.command("train", cls=RunCommand, help="Train a model by GRPO, or by PPO (--algorithm ppo).", epilog=_MORE)(_run)
+app.command(
+    "ppo",
+    cls=RunCommand,
+    help="Train a model by PPO: train --algorithm ppo.",
+    epilog="Any option of VLMPPOConfig may follow by its name: --kl_coef 0.1 --vf_coef 0.1.",
+)(_run)
 app.command(
     "sft",
     cls=RunCommand,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataFormatError, MediaError
 from .columns import inner_feature, remembering, undecoded
 from .formats import as_canonical, canonical
+from .formats.caption_types import TypedAlike
 from .formats.detection import named
 from .formats.mapping import check_columns, read_tags
 from .formats.table import beside
@@ -118,7 +119,9 @@ class _JsonRows:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.seen: dict[str, None] = {}
         self.rates.begin()
+        types = TypedAlike(self.options["format"], self.options["columns"])
         for file, where, row in self.raw():
+            types.look(row, where)
             self.seen.update(dict.fromkeys(row))
             if self.rates.keeps(row, where):
                 yield self._ready(row, self.root or file.parent, where)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..card import CARD, algorithm, front_matter, held_out, name_of, rewards_line, section, title
+from ..config import method
 from ..folder import EVALUATION, RESULT, read_json, write_json
 from .report import ExportReport
 from .source import Source
@@ -18,8 +19,9 @@ def write_card(folder: Path, source: Source, report: ExportReport) -> None:
     library, tags = _LIBRARY.get(report.to, "transformers"), ["lora"] if report.to == "lora" else []
     # The run's own figures are of its end, so a checkpoint's card has none.
     figures = read_json(source.folder / EVALUATION) if source.run == source.folder else {}
+    learns = method(source.config, source.command) if source.config is not None else source.command
     parts = [
-        front_matter(source.base, library, source.command, tags),
+        front_matter(source.base, library, learns, tags),
         f"# {title((source.run or source.folder).name, source.base)}",
         *section("Training", _training(source)),
         *held_out(figures),

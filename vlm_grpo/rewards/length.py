@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import RewardError
+from .checked import row_of
 from .options import check_name, check_number
 from .text import column_values
 from .words import Unit, in_units
@@ -74,7 +75,8 @@ class Length:
             return [self._outside(length) for length in lengths]
         if self.max_length is None:
             raise RewardError("there is no max_length. Give it: the run's max_completion_length where tokens count.")
-        bonuses = [_number(value, self.column) for value in column_values(columns, self.column)]
+        given, rows = column_values(columns, self.column), {"completions": completions, **columns}
+        bonuses = [_number(value, self.column, row_of(rows, number)) for number, value in enumerate(given)]
         return [
             None if bonus is None else self._worst * min(1.0, length / self.max_length) * bonus
             for length, bonus in zip(lengths, bonuses, strict=True)
@@ -91,6 +93,41 @@ class Length:
         if self.max_length is not None and length > self.max_length:
             return self._worst * min(1.0, (length - self.max_length) / (self.reach or self.max_length))
         return 0.0
+
+
+@dataclass(eq=False)
+class LengthBonus:
+    """LLaVA-RLHF's length penalty, ``-10 * n / max_length * length_bonus``, with n at most ``max_length``.
+
+    It is ``Length(variant="llava-rlhf")`` under the name of the rule (Sun et al. 2023), and with the rule's reading of
+    a row whose bonus is empty: it counts as 1. Tokens are counted, the end token included. In
+    [-10 * |bonus|, 10 * |bonus|]: a negative bonus rewards length.
+
+    Args:
+        max_length: tokens; the run's ``max_completion_length`` unless given.
+        penalty: of the longest completion, at most 0.
+        column: the bonus's.
+
+    Raises:
+        RewardError: options that cannot be, no ``completion_ids``, no such column, a bonus that is no number.
+    """
+
+    max_length: int | None = None
+    penalty: float = -10.0
+    column: str = "length_bonus"
+
+    __name__ = "length_bonus"
+
+    def __post_init__(self) -> None:
+        self._length = Length("llava-rlhf", max_length=self.max_length, penalty=self.penalty, column=self.column)
+
+    def use_run(self, *, max_completion_length: int | None = None, **_: Any) -> None:
+        """Take the run's limit, unless one was given."""
+        self._length.use_run(max_completion_length=max_completion_length)
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        bonuses = [1.0 if _is_empty(value) else value for value in column_values(columns, self.column)]
+        return self._length(completions, **{**columns, self.column: bonuses})
 
 
 @dataclass(eq=False)
@@ -139,13 +176,17 @@ class Overlong:
         return get_soft_overlong_punishment(self.max_completion_length, cache)(columns["completion_ids"])
 
 
-def _number(value: Any, column: str) -> float | None:
-    if value is None or value != value:  # a table's empty cell is NaN
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value  # a table's empty cell is NaN
+
+
+def _number(value: Any, column: str, row: str) -> float | None:
+    if _is_empty(value):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.inf
     if not math.isfinite(number):
-        raise RewardError(f'the column "{column}" holds {value!r}. Put a number there, or nothing.')
+        raise RewardError(f'the column "{column}" holds {value!r}. Put a number there, or nothing{row}.')
     return number

@@ -1,8 +1,10 @@
 """``conversations`` (LLaVA, Qwen-VL, R1-Omni, LLaVA-RLHF) and ``messages`` (OpenAI, ms-swift, LLaMA-Factory)."""
 
+from dataclasses import replace
 from typing import Any
 
 from .base import Format, Read, Reading, answered, kept, text_of
+from .caption_types import right_answer
 from .turns import read_turns, split_answer, with_slots, without_own_sound
 
 # Texts that ms-swift fills from its "objects" column; read as they stand they would reach the model.
@@ -22,12 +24,19 @@ def _reader(column: str) -> Any:
 
 
 def _first_turn(row: dict[str, Any], reading: Reading) -> Read:
-    """Reinforcement rows of LLaVA-RLHF: the policy answers the first user turn, whatever was said after it."""
+    """Reinforcement rows of LLaVA-RLHF: the policy answers the first user turn, whatever was said after it.
+
+    The answer is the row's own, else what the type says, else the turn that followed.
+    """
+    right = right_answer(row, reading)
     turns = read_turns(row["conversations"], "conversations", reading)
     asked = next(number for number, turn in enumerate(turns, 1) if turn["role"] == "user")
     # Later turns are in neither prompt nor completion: the column stays.
     used = () if len(turns) > asked + 1 else ("conversations",)
-    return _read(row, turns[: asked + 1], reading, used)
+    read = _read(row, turns[: asked + 1], reading, used)
+    if right is None or row.get("answer") is not None:
+        return read
+    return replace(read, columns={**read.columns, "answer": right})
 
 
 def _read(row: dict[str, Any], turns: list[dict[str, Any]], reading: Reading, used: tuple[str, ...]) -> Read:

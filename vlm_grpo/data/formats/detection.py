@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import ConfigError, DataFormatError, nearest
 from ..sample import MEDIA_COLUMNS, at
 from .base import Format, Reading
+from .caption_types import refuse_untyped
 from .conversations import CONVERSATIONS, LLAVA_RLHF, MESSAGES
 from .mapping import read_tags, renamed
 from .preference import PREFERENCE, RLAIF_V
@@ -106,6 +107,8 @@ def choose(row: Mapping[str, Any], where: str, format: str | None) -> Format:
         found = next((format_ for format_ in FORMATS if format_.matches(row)), None)
         if found is None:
             raise DataFormatError(at(where, _no_format(row)))
+        if found is CONVERSATIONS and "caption_type" in row:  # a table's column, empty in this row
+            raise refuse_untyped(where)
         return found
     chosen = named(format)
     missing = chosen.missing(row)
@@ -148,7 +151,8 @@ def _names(row: Mapping[str, Any]) -> str:
 
 # Every column that some format reads; a table's other columns stay where they are, unread.
 READ = (
-    *("prompt", "completion", "answer", "solution", "conversations", "messages", "caption_type", "system", "objects"),
+    *("prompt", "completion", "answer", "solution", "conversations", "messages", "caption_type"),
+    *("length_bonus", "system", "objects"),
     *("problem", "question", "question_text", "choices", "multi_choice"),
     *("instruction", "input", "output", "history", "query", "response"),
     *("chosen", "rejected"),

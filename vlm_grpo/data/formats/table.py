@@ -8,6 +8,7 @@ from ...errors import DataFormatError
 from ...media import KINDS, Kind
 from ..columns import undecoded
 from .base import Reading, listed
+from .caption_types import TypedAlike
 from .detection import READ, canonical, choose, media_names
 from .mapping import check_columns, read_tags, rename
 
@@ -52,7 +53,11 @@ def as_canonical(
     if isinstance(dataset, datasets.IterableDataset):
         return _stream(dataset, where, options)
     if not isinstance(dataset, datasets.Dataset):
-        return [canonical(row, _at(where, number), **options) for number, row in enumerate(dataset, 1)]
+        types, rows = TypedAlike(format, columns), []
+        for number, row in enumerate(dataset, 1):
+            types.look(row, _at(where, number))
+            rows.append(canonical(row, _at(where, number), **options))
+        return rows
     if dataset.format["type"] == "custom":  # a transform makes the rows
         return _transformed(dataset, where, options)
     check_columns(columns, dataset.column_names, where or "the dataset")

@@ -1,0 +1,96 @@
+"""Values: an adapter and a head beside the policy's on one base, and what they make of a rollout's tokens."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from trl.trainer.utils import disable_dropout_in_model
+
+from .encode import EncodedPrompt
+from .group import plain_model
+from .models.adapters import POLICY, adapter_parameters, copy_adapter, remember_roles, role
+from .models.families import family_of
+from .models.heads import add_head, heads_of
+from .models.modes import pinned_forward
+from .scoring import forwards
+from .scoring import values as plain_values
+
+VALUE = "value"
+_REWARD = "reward"
+
+
+def add_values(policy: Any, disable_dropout: bool) -> None:
+    """Give a policy its values: with PEFT an adapter of their own, and a head of zeros in any case.
+
+    The adapter is a copy of a reward model's on the same base, else of the policy's as it starts.
+
+    Args:
+        policy: PEFT's model or a plain one, without wrappers; before there is an optimizer.
+        disable_dropout: whether the adapter has none.
+    """
+    if is_peft_model(policy) and VALUE not in policy.peft_config:
+        judged = _REWARD in policy.peft_config and _REWARD in heads_of(policy)
+        copy_adapter(policy, _REWARD if judged else POLICY, VALUE, trainable=True)
+        remember_roles(policy)  # a step's two adapters share one backward pass
+        if disable_dropout:
+            disable_dropout_in_model(policy)
+    add_head(policy, VALUE, zero=True)
+
+
+def value_parameters(policy: Any) -> list[nn.Parameter]:
+    """The weights of the values: head and adapter."""
+    own = adapter_parameters(policy, VALUE) if is_peft_model(policy) else []
+    return [*own, *heads_of(policy)[VALUE].parameters()]
+
+
+def values_of(
+    trainer: Any, ids: Tensor, mask: Tensor, width: int, rows: list[EncodedPrompt], batch_size: int | None, model: Any
+) -> Tensor:
+    """The values (B, width) in front of each completion token, 0 at padding, prompts shared where that is exact.
+
+    Args:
+        trainer: whose sharing and precision count.
+        ids: (B, L + width), prompts left-padded, completions right-padded; ``mask`` alike, 1 at real tokens.
+        width: tokens of the completions.
+        rows: the rows' encodings.
+        batch_size: rows of a forward at most; None takes all.
+        model: what is called, with the values, unwrapped from DDP.
+    """
+    policy = _with_adapters(model)
+    in_role: AbstractContextManager[Any] = role(policy, VALUE) if is_peft_model(policy) else nullcontext()
+    with in_role, pinned_forward(model):
+        return _values(trainer, heads_of(policy)[VALUE], ids, mask, width, rows, batch_size or len(rows), model)
+
+
+def _values(
+    trainer: Any,
+    head: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    mask: Tensor,
+    width: int,
+    rows: list[EncodedPrompt],
+    most: int,
+    model: Any,
+) -> Tensor:
+    autocast = trainer.accelerator.autocast
+
+    def plain(own: Any, few: list[int]) -> Tensor:
+        """The same rows, one prompt per completion."""
+        batches = iter([[row] for row in few])
+        return plain_values(plain_model(own), head, ids, mask, width, rows, batches, autocast)[few]
+
+    if trainer.sharing.on(model, rows):
+        shared = trainer.sharing.values(model, head, ids[:, -width:], mask[:, -width:], rows, plain, most)
+        if shared is not None:
+            return shared
+    batches = forwards(family_of(trainer.model.config), rows, most)
+    return plain_values(plain_model(model), head, ids, mask, width, rows, batches, autocast)
+
+
+def _with_adapters(model: Any) -> Any:
+    """PEFT's model, or the plain one, within wrappers."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
