@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from vlm_grpo.config import resolved
 from vlm_grpo.data import to_sample
 from vlm_grpo.data.pairs import as_pairs
 from vlm_grpo.demo import RECIPES, digits, espeak, judging, motion, preferences, speech
+from vlm_grpo.demo import rlhf as chain
 from vlm_grpo.demo.speech import Utterance
 from vlm_grpo.encode import encode
 from vlm_grpo.errors import ConfigError
@@ -500,7 +502,9 @@ def shrunk(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> Path:
     for modality, recipe in RECIPES.items():
         warm = {**recipe.warm, "max_steps": 2, "per_device_train_batch_size": 4}
         grpo = {**recipe.grpo, "max_steps": 3, "per_device_train_batch_size": 16}
-        monkeypatch.setitem(RECIPES, modality, replace(recipe, write_data=copied(modality), warm=warm, grpo=grpo))
+        ppo = recipe.ppo and {**recipe.ppo, "max_steps": 4}
+        own = {"write_data": copied(modality), "warm": warm, "grpo": grpo, "ppo": ppo}
+        monkeypatch.setitem(RECIPES, modality, replace(recipe, **own))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -540,6 +544,58 @@ def test_the_demo_from_end_to_end(shrunk: Path, modality: str):
 
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0 and again.stdout.strip() == last, "nothing is trained twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_ppos_demo_from_end_to_end(shrunk: Path, modality: str):  # covers A2, A8
+    arguments = ["demo", "--json", "--seed", "5", "--algorithm", "ppo", "--modality", modality]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert set(figures) == KEYS and (figures["algorithm"], figures["steps"]) == ("ppo", 4)
+    folder = shrunk / "runs" / f"demo-ppo-{modality}-5" / "ppo"
+    assert Path(figures["run_dir"]).resolve() == folder and (folder / "held-out.png").is_file()
+    rollouts = [m for m in map(json.loads, (folder / "metrics.jsonl").open()) if "values" in m]
+    assert [rollout["step"] for rollout in rollouts] == [1, 3], "two epochs each"
+    assert "after PPO" in result.stderr and "after GRPO" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_of_rlhf_from_end_to_end(shrunk: Path, judged: Path, monkeypatch: pytest.MonkeyPatch):  # covers L5
+    def write(folder: Path, seed: int, silent: bool) -> None:
+        assert silent
+        shutil.copytree(judged, folder, dirs_exist_ok=True)
+        for name, count in (("held-out", 70), ("prompts", 60), ("pairs", 80), ("held-out-pairs", 40)):
+            lines = (folder / f"{name}.jsonl").read_text().splitlines()[:count]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    monkeypatch.setattr(chain, "write_preferences", write)
+    monkeypatch.setattr(chain, "JUDGE_STEPS", 2)
+    monkeypatch.setattr(judging, "REWARD", {**judging.REWARD, "per_device_train_batch_size": 4})
+    result = CliRunner().invoke(app, ["demo", "--json", "--seed", "5", "--algorithm", "rlhf"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    more = {f"{name}_with_captions" for name in ("score_before", "score_after", "accuracy_after", "ci95_after")}
+    assert set(figures) == KEYS | JUDGE_KEYS | more | {"run_dir_with_captions"}
+    for name in ("ppo", "ppo-captions"):
+        folder = shrunk / "runs" / "demo-rlhf-5" / name
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["algorithm"] == "ppo" and ("captions" in config["rewards"][0]["kwargs"]) == (name != "ppo")
+        assert (folder / "value" / "head.safetensors").is_file()
+    shown = set(re.findall(r"(\d+\.\d)%", result.stderr))
+    assert {f"{100 * figures[k]:.1f}" for k in figures if "accuracy" in k} <= shown
+
+
+def test_silence_is_rejected_once_a_picture(tmp_path: Path, judged: Path):
+    preferences.write_preferences(tmp_path, 0, silent=True)
+    own = (tmp_path / preferences.PAIRS).read_text().splitlines()
+    plain = (judged / preferences.PAIRS).read_text().splitlines()
+    assert own[: len(plain)] == plain and len(own) == len(plain) + preferences.JUDGED
+    for line in own[len(plain) :]:
+        row = json.loads(line)
+        rejected = row[f"output_{3 - row['preference']}"]["value"]
+        assert rejected == "" and row[f"output_{row['preference']}"]["value"] in digits.DIGITS
 
 
 @pytest.mark.slow
@@ -590,6 +646,12 @@ def test_the_reward_models_demo_for_real(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_ppos_demo_for_real(tmp_path: Path):
+    figures = demo.demo(algorithm="ppo", output=str(tmp_path))
+    assert figures["accuracy_after"] >= 0.9 and figures["ci95_before"][1] < figures["ci95_after"][0], figures
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modality", "bar", "chance"), [("image", 0.9, 0.1), ("video", 0.9, 0.25), ("audio", 0.8, 0.1)]
 )
@@ -607,12 +669,14 @@ def test_what_the_demo_does_not_have_is_refused(tmp_path: Path):
     assert result.exit_code == 2 and "smell" in result.output and "image" in result.output
     with pytest.raises(ConfigError, match='there is no modality "smell". Use image, video, audio'):
         demo.demo(modality="smell", output=str(tmp_path / "x"))
-    with pytest.raises(ConfigError, match='there is no algorithm "sarsa". Use grpo, reward-model'):
+    with pytest.raises(ConfigError, match='there is no algorithm "sarsa". Use grpo, ppo, reward-model, rlhf'):
         demo.demo(algorithm="sarsa", output=str(tmp_path / "x"))
     result = CliRunner().invoke(app, ["demo", "--modality", "audio", "--algorithm", "reward-model"])
     assert result.exit_code == 2 and "reward-model is shown with image, not with audio" in " ".join(
         result.output.split()
     )
+    with pytest.raises(ConfigError, match="ppo is shown with image and audio, not with video. Choose one of these"):
+        demo.demo("video", algorithm="ppo", output=str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 

@@ -47,7 +47,7 @@ def test_drawings_take_the_colours_of_the_page_and_stay_small():
         for s in range(6_000)
     ]
     drawings = curves.curve_drawings(logged)
-    assert [drawing.title for drawing in drawings][1:] == ["loss", "KL to the reference (nats)"] + [
+    assert [drawing.title for drawing in drawings][1:] == ["loss", "KL to the reference (nats a token)"] + [
         "groups with equal rewards (share)"
     ]
     assert [name for name, _ in drawings[3].lines] == ["total", "all lowest"]
@@ -129,6 +129,60 @@ def test_a_single_reward_function_is_drawn_once():
     (drawing,) = curves.curve_drawings(halved)
     assert [name for name, _ in drawing.lines] == ["total", "accuracy"]
     assert drawing.story == "0 at step 0, 0.2857 at step 4"  # 4 / 7 / 2
+
+
+def ppo_records(moves: bool = True, penalty: float = 1.0) -> list[dict]:
+    """As PPO logs: what a rollout has every second step, what an update has at each."""
+    records = []
+    for step in range(1, 9):
+        record = {"step": step, "loss": 0.5, "loss/policy": 0.4, "loss/value": 1.0, "approx_kl": 0.01 * step}
+        record |= {"clipfrac": 0.1, "vf_clipfrac": 0.2}
+        if step % 2:
+            record |= {"reward": step / 8, "score": step / 8 - penalty, "kl": 2.0 + step, "explained_variance": -0.5}
+            record |= {"kl_coef": 0.2 - 0.01 * step * moves, "returns": 1.0, "values": 0.1 * step}
+        records.append(record)
+    return records
+
+
+def test_what_ppo_learns_by_has_panels(tmp_path, titles):
+    # covers A10
+    drawings = {drawing.title: drawing for drawing in curves.curve_drawings(ppo_records())}
+    assert [name for name, _ in drawings["loss"].lines] == ["total", "policy", "value"]
+    assert [name for name, _ in drawings["values and returns (mean over tokens)"].lines] == ["returns", "values"]
+    assert "values 0.1 at step 1, 0.7 at step 7" in drawings["values and returns (mean over tokens)"].story
+    assert [name for name, _ in drawings["clipped (share of tokens)"].lines] == ["policy's ratios", "new values"]
+    assert drawings["share of the returns' variance explained"].story == "-0.5 at step 1, -0.5 at step 7"
+    assert drawings["KL to the rollout's policy (nats a token)"].story == "0.01 at step 1, 0.08 at step 8"
+    assert [name for name, _ in drawings["reward"].lines] == ["total", "score"]
+    kl = drawings["KL to the reference (nats a completion)"]
+    assert kl.story == "KL 3 at step 1, 9 at step 7; kl_coef 0.19 at step 1, 0.13 at step 7"
+    assert report.draw_curves(write(tmp_path / "metrics.jsonl", ppo_records()), tmp_path / "curves.png")
+    assert titles[titles.index("kl") + 1] == "kl_coef"
+
+
+def test_what_says_nothing_in_ppos_panels_is_left_out():
+    drawings = {drawing.title: drawing for drawing in curves.curve_drawings(ppo_records(moves=False, penalty=0.0))}
+    assert drawings["reward"].lines == [], "the score is the reward"
+    assert drawings["KL to the reference (nats a completion)"].story == "3 at step 1, 9 at step 7", "a fixed kl_coef"
+    grpo = [{"step": s, "loss": 0.1, "reward": 0.1 * s, "kl": 0.1, "clip_ratio/region_mean": 0.1} for s in range(4)]
+    found = [drawing.title for drawing in curves.curve_drawings(grpo)]
+    assert found == ["reward", "loss", "KL to the reference (nats a token)"]
+
+
+def test_a_name_that_has_another_colour_is_explained_again(tmp_path, monkeypatch):
+    """A reward function may be called as a part of the loss is."""
+    axes, draw = [], curves._draw_panel
+    monkeypatch.setattr(curves, "_draw_panel", lambda own, *others: (axes.append(own), draw(own, *others)))
+    named = {"rewards/a/mean": 2.0, "rewards/policy/mean": 1.0}
+    logged = [record | named for record in ppo_records(penalty=0.0)]
+    assert report.draw_curves(write(tmp_path / "metrics.jsonl", logged), tmp_path / "curves.png")
+    legends = {
+        own.get_title("left"): [text.get_text() for text in own.get_legend().get_texts()]
+        for own in axes
+        if own.get_legend()
+    }
+    assert legends["reward"] == ["total", "a", "policy"]
+    assert legends["loss"] == ["policy", "value"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.9, "0:07"), (750, "12:30"), (11100, "3:05:00")])

@@ -14,6 +14,7 @@ from vlm_grpo import report
 from vlm_grpo.cli import app
 from vlm_grpo.errors import CheckpointError
 from vlm_grpo.report import facts, style, tables
+from vlm_grpo.report.embed import Embedder
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -141,6 +142,20 @@ def test_rewards_sort_as_numbers_and_their_weighted_sum_is_shown(tmp_path):
     assert [cell["data-value"] for cell in cells] == ["0.0", "1.125", "0.25", "1.0"]  # accuracy + judge / 2; none is 0
     judged = [attributes["data-value"] for attributes in page.all("td") if attributes.get("data-title") == "judge"]
     assert judged == ["0.0", "0.25", "0.5", ""]
+
+
+def test_figures_beside_a_completion_are_rounded_and_an_answer_is_what_the_row_says(tmp_path):
+    # covers L10: what PPO tells of a completion
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    figures = [{"answer": 7.123456789, "score": -2.5871551, "kl": None if n else 0.0, "tag": "t"} for n in range(12)]
+    write(run / "samples.jsonl", [{**line, **own} for line, own in zip(lines, figures, strict=True)])
+    table = tables.samples_table(run / "samples.jsonl", Embedder(run, 0))
+    assert [column.title for column in table.columns[-4:]] == ["judge", "score", "kl", "advantage"]
+    assert [cell.text for cell in table.rows[0].cells[-3:]] == ["-2.587", "0", "-1.5"]
+    assert [cell.text for cell in table.rows[1].cells[-3:-1]] == ["-2.587", "–"] and table.rows[0].cells[-3].value < 0
+    found = {column.title: cell.text for column, cell in zip(table.columns, table.rows[0].cells, strict=True)}
+    assert found["answer"] == "7.123456789" and found["tag"] == "t"
 
 
 def test_nothing_in_a_page_is_loaded_from_elsewhere_and_each_medium_is_there_once(tmp_path):

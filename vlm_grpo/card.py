@@ -34,7 +34,11 @@ _OPTIONS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "generation_batch_size"),
     *("num_iterations", "max_prompt_length", "max_completion_length", "temperature", "top_p", "beta", "epsilon"),
     *("loss_type", "scale_rewards", "resample_dead_groups", "center_rewards_coefficient", "bf16", "fp16"),
+    *("kl_coef", "kl_estimator", "kl_target", "kl_horizon", "gamma", "lam", "vf_coef", "cliprange_value"),
+    *("whiten_advantages", "whiten_rewards", "normalize_scores", "score_clip", "missing_eos_penalty"),
+    "value_learning_rate",
 )
+_OF_GROUPS = ("beta", "scale_rewards")  # which PPO has no use for
 _PACKAGES = ("vlm-grpo", "torch", "transformers", "trl", "peft", "datasets")
 _FEW = 10  # logs that the reward at the start and at the end is the mean of
 
@@ -209,7 +213,9 @@ def _training(folder: Path, config: RunConfig, command: str, adapter: bool, resu
         few = min(_FEW, max(1, len(rewards) // 2))
         first, last = (math.fsum(part) / len(part) for part in (rewards[:few], rewards[-few:]))
         lines.append(f"- mean reward: {first:.3g} in the first {few} logs, {last:.3g} in the last {few}")
-    options = {name: value for name in _OPTIONS if (value := config.train.get(name)) is not None}
+    unused = _OF_GROUPS if method(config, command) == "ppo" else ()
+    told = [name for name in _OPTIONS if name not in unused]
+    options = {name: value for name in told if (value := config.train.get(name)) is not None}
     table = [_row([f"`{name}`", _cell(str(value))]) for name, value in options.items()]
     return [*lines, "", _row(["option", "value"]), _row(["---", "---"]), *table]
 

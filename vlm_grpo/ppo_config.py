@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError, UnsupportedError
 from .patches.trl import own_grpo_config
-from .trainer_config import VLMGRPOConfig
+from .trainer_config import VLMGRPOConfig, no_choice
 
 _TRLConfig: Any = own_grpo_config()
+_ESTIMATORS = ["k1", "k1_clamped", "k3"]
 _LOSSES = ("dapo", "bnpo", "grpo", "dr_grpo")
 
 
@@ -107,6 +108,8 @@ def _refuse(config: Any) -> None:
         raise ConfigError(
             f"resample_dead_groups={config.resample_dead_groups}: PPO compares no group, none is dead. Leave it out."
         )
+    if config.kl_estimator not in _ESTIMATORS:
+        raise ConfigError(no_choice("kl_estimator", config.kl_estimator, _ESTIMATORS))
     if config.loss_type not in _LOSSES:
         raise ConfigError(
             f'loss_type="{config.loss_type}" is not PPO\'s clipped loss. Give one of {", ".join(_LOSSES)}.'

@@ -68,7 +68,10 @@ def check_names(command: str, given: dict[str, Any], classes: dict[str, Any]) ->
         judge = name.removeprefix("judge_")
         if command == COMMAND and judge in JudgeOptions.model_fields:
             raise ConfigError(f"train.{name}: no option of {said_as(command)}. Did you mean judge.{judge}?")
-        others = " and ".join(said_as(other) for other in names if name in names[other])
+        has = [other for other in names if name in names[other]]
+        if command == "train" and has == ["ppo"]:
+            raise ConfigError(f"train.{name} is an option of PPO. Give algorithm: ppo with it, or leave it out.")
+        others = " and ".join(said_as(other) for other in has if other != "ppo" or "train" not in has)
         if others:
             raise ConfigError(
                 f"train.{name} is an option of {others}, and {said_as(command)} has no use for it. Leave it out."

@@ -253,7 +253,6 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_overlong": ("drop", "error"),
     "group_sharing": ("auto", True, False),
-    "kl_estimator": ("k1", "k1_clamped", "k3"),
     "group_attention": ("reference", "flex"),
     "gradient_checkpointing": (True, False, "unsloth"),
 }
@@ -262,10 +261,11 @@ _CHOICES = {
 def _check_choices(config: Any) -> None:
     for name, choices in _CHOICES.items():
         if (value := getattr(config, name, choices[0])) not in choices:
-            raise ConfigError(_no_choice(name, value, [c for c in choices if isinstance(c, str)]))
+            raise ConfigError(no_choice(name, value, [c for c in choices if isinstance(c, str)]))
 
 
-def _no_choice(name: str, value: Any, choices: list[str]) -> str:
+def no_choice(name: str, value: Any, choices: list[str]) -> str:
+    """What is said of an option that is none of its choices."""
     hint = nearest(str(value), choices) or f" Known: {', '.join(choices)}."
     return f'{name}="{value}" is none of its {len(choices)} values.{hint}'
 
@@ -336,7 +336,7 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
         if isinstance(member, type) and issubclass(member, enum.Enum) and isinstance(value, str):
             choices = [str(choice.value) for choice in member]
             if value not in choices:
-                raise ConfigError(_no_choice(f"train.{name}", value, choices))
+                raise ConfigError(no_choice(f"train.{name}", value, choices))
     try:
         result = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:

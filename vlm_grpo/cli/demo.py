@@ -17,8 +17,11 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line at the end.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters.")] = False,
     algorithm: Annotated[
-        Literal["grpo", "reward-model"],
-        typer.Option("--algorithm", help="GRPO from correct answers, or from a reward model that pairs teach."),
+        Literal["grpo", "ppo", "reward-model", "rlhf"],
+        typer.Option(
+            "--algorithm",
+            help="GRPO or PPO from correct answers; reward-model: GRPO from one that pairs teach; rlhf: PPO from such.",
+        ),
     ] = "grpo",
 ) -> None:
     """Teach a tiny model to read handwritten digits, see motion or hear words, in minutes, on any computer."""

@@ -67,8 +67,10 @@ def _run(
         "seed": seed,
     }
     alias = {"algorithm": "ppo"} if ctx.info_name == "ppo" else {}
-    direct = {**ctx.meta[EXTRA], **alias, **{key: value for key, value in given.items() if value is not None}}
+    direct = {**alias, **ctx.meta[EXTRA], **{key: value for key, value in given.items() if value is not None}}
     resolved = load_config(config, settings, direct)
+    if alias and resolved.algorithm != "ppo":
+        raise ConfigError(f"ppo: algorithm={resolved.algorithm} contradicts the command. Use train, or leave it out.")
     require(resolved, command)
     resume = _checkpoint(resume_from_checkpoint, fresh)
     for note in resolved.notes:

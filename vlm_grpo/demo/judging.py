@@ -39,34 +39,44 @@ def from_reward_model(recipe: Recipe, folder: Path, seed: int, full: bool, conso
     from .. import run
 
     recipe = judged(recipe)
-    recipe.write_data(folder / "data", seed)
-    recipe.save_model(folder / "model", seed)
-    console.print(f"[bold]1/5[/] warm start on {recipe.labels} labels")
-    warm = whole(run.sft(warm_config(recipe, folder, seed)))
-    console.print("[bold]2/5[/] a reward model from pairs of a right and a wrong reading")
-    judge = whole(run.reward_train(reward_config(recipe, folder, seed)))
-    console.print("[bold]3/5[/] another one, that also reads captions")
-    informed = whole(run.reward_train(reward_config(recipe, folder, seed, captions=True)))
+    warm, judge, informed = begin(recipe, folder, seed, console, 5)
     console.print("[bold]4/5[/] GRPO from the first reward model's score")
     rewards = [{"model": str(judge.run_dir)}, "accuracy=0"]
     grpo = whole(run.train(grpo_config(recipe, folder, seed, full, rewards, PROMPTS)))
     console.print("[bold]5/5[/] for comparison: the warm start continued for the same time")
     continued = whole(run.sft(continued_config(recipe, folder, seed, grpo.seconds)))
-    figures = _pair_figures(judge, informed) | _scores(grpo) | figures_of(warm, grpo, continued)
+    figures = pair_figures(judge, informed) | scores_of(grpo) | figures_of(warm, grpo, continued)
     look(recipe, folder, grpo.run_dir)
-    _print_pairs(console, recipe, figures, judge)
+    print_pairs(console, recipe, figures, judge)
     _print_table(console, recipe, figures, grpo.evaluation["after"]["rows"])
     return figures
 
 
+def begin(recipe: Recipe, folder: Path, seed: int, console: Console, stages: int, **train: Any) -> tuple[Any, Any, Any]:
+    """The first three of so many stages: the warm start, and two reward models; the second one also reads captions.
+
+    ``train``: options of the reward models' training that differ.
+    """
+    from .. import run
+
+    recipe.write_data(folder / "data", seed)
+    recipe.save_model(folder / "model", seed)
+    console.print(f"[bold]1/{stages}[/] warm start on {recipe.labels} labels")
+    warm = whole(run.sft(warm_config(recipe, folder, seed)))
+    console.print(f"[bold]2/{stages}[/] a reward model from pairs of a right and a wrong reading")
+    judge = whole(run.reward_train(reward_config(recipe, folder, seed, **train)))
+    console.print(f"[bold]3/{stages}[/] another one, that also reads captions")
+    return warm, judge, whole(run.reward_train(reward_config(recipe, folder, seed, captions=True, **train)))
+
+
 def judged(recipe: Recipe) -> Recipe:
-    """The image demo's recipe, with pairs among its rows, the judge's words among the model's, and what a score asks for."""
+    """The image demo's recipe with pairs among its rows, the judge's words, and what a score asks for."""
     own = {"save_model": partial(save_tiny_model, words=WORDS), "grpo": {**recipe.grpo, **FROM_SCORES}}
     return replace(recipe, write_data=write_preferences, **own)
 
 
-def reward_config(recipe: Recipe, folder: Path, seed: int, captions: bool = False) -> RunConfig:
-    """A reward model on the warm start's base."""
+def reward_config(recipe: Recipe, folder: Path, seed: int, captions: bool = False, **train: Any) -> RunConfig:
+    """A reward model on the warm start's base; ``train`` holds options that differ."""
     data = folder / "data"
     judge = {"prompt": str(data / JUDGE), "stem": STEM, "captions": str(data / CAPTIONS) if captions else None}
     return RunConfig.model_validate(
@@ -76,12 +86,12 @@ def reward_config(recipe: Recipe, folder: Path, seed: int, captions: bool = Fals
             "data": {"train": str(data / PAIRS), "eval": str(data / HELD_OUT_PAIRS)},
             "judge": judge,
             "output": str(folder / ("reward-model-captions" if captions else "reward-model")),
-            "train": {**REWARD, "seed": seed},
+            "train": {**REWARD, **train, "seed": seed},
         }
     )
 
 
-def _pair_figures(judge: Any, informed: Any) -> dict[str, Any]:
+def pair_figures(judge: Any, informed: Any) -> dict[str, Any]:
     """How often each reward model scores the right reading higher, with the pictures and without."""
     found: dict[str, Any] = {}
     for result, end in ((judge, ""), (informed, "_with_captions")):
@@ -95,12 +105,12 @@ def _pair_figures(judge: Any, informed: Any) -> dict[str, Any]:
     return found | {"reward_model_seconds": round(judge.seconds, 1), "reward_model_dir": str(judge.run_dir)}
 
 
-def _scores(grpo: Any) -> dict[str, float]:
+def scores_of(grpo: Any) -> dict[str, float]:
     """The mean score of the held-out answers, which GRPO raises, beside their accuracy, which is the point."""
     return {f"score_{state}": grpo.evaluation[state]["reward"] for state in ("before", "after")}
 
 
-def _print_pairs(console: Console, recipe: Recipe, figures: dict[str, Any], judge: Any) -> None:
+def print_pairs(console: Console, recipe: Recipe, figures: dict[str, Any], judge: Any) -> None:
     seconds = figures["reward_model_seconds"]
     rows = judge.evaluation["after"]["rows"]
     title = f"{rows} held-out pairs: is the right reading scored higher? ({judge.steps} steps, {seconds:.0f} s)"

@@ -26,7 +26,7 @@ _CAPTION = "this is a {}"
 WORDS = ("a", "it", "right")  # of request, stem and captions, beside those of the question
 
 
-def write_preferences(folder: Path, seed: int) -> None:
+def write_preferences(folder: Path, seed: int, silent: bool = False) -> None:
     """The image demo's files, and those of a reward model: pairs, held-out pairs, captions, the judge's request.
 
     ``prompts.jsonl`` holds the rows that GRPO learns from: those of ``train.jsonl`` that are in no pair.
@@ -34,6 +34,7 @@ def write_preferences(folder: Path, seed: int) -> None:
     Args:
         folder: where they go.
         seed: draws labels, pairs and which answer stands first; the held-out pairs are always the same.
+        silent: one training row more a picture, which rejects no answer at all.
     """
     import numpy as np
 
@@ -48,6 +49,7 @@ def write_preferences(folder: Path, seed: int) -> None:
     for one in np.tile(judged, MUDDLED).tolist():
         right = DIGITS[digits[one]]
         rows.append(_preference(one, right, muddled(right, random), random))
+    rows += [_preference(one, DIGITS[digits[one]], "", random) for one in judged.tolist() if silent]
     _write_lines(folder / PAIRS, rows)
     fixed = np.random.RandomState(0)
     met = partners(held_out, digits, fixed)

@@ -34,6 +34,7 @@ class Recipe:
         warm: options of the warm start. It is deliberately short: the policy stays mediocre and still explores.
         grpo: options of GRPO, with LoRA adapters of ``lora``.
         full: what differs in ``grpo`` where all weights are trained.
+        ppo: what differs in ``grpo`` where PPO is the algorithm; empty where that is not shown. With ``ppo_rewards``.
     """
 
     rows: str
@@ -45,6 +46,8 @@ class Recipe:
     warm: dict[str, Any]
     grpo: dict[str, Any]
     full: dict[str, Any]
+    ppo: dict[str, Any] = field(default_factory=dict)
+    ppo_rewards: tuple[Any, ...] = ("accuracy",)
     lora: dict[str, Any] = field(default_factory=lambda: {"r": 32, "alpha": 32, "targets": "all-linear"})
     cell: tuple[int, int] = (120, 120)
     columns: int = 10
@@ -70,6 +73,8 @@ _GRPO = {
     "per_device_eval_batch_size": 64,
     "gradient_checkpointing": False,  # there is memory to spare, and not a second
 }
+# Each rollout twice; answers are two tokens, so the whole of their reward reaches the first.
+_PPO = {"num_iterations": 2, "max_steps": 260, "lam": 1.0}
 
 
 def _film(medium: "Medium") -> "Image":
@@ -95,6 +100,7 @@ RECIPES = {
         warm=dict(_WARM),
         grpo=dict(_GRPO),
         full={"learning_rate": 1e-3},  # a quarter of the adapters' rate
+        ppo=dict(_PPO),
     ),
     "video": Recipe(
         rows="clips",
@@ -119,6 +125,8 @@ RECIPES = {
         warm={**_WARM, "max_steps": 60},
         grpo={**_GRPO, "max_steps": 120},
         full={"learning_rate": 1e-3},
+        ppo={**_PPO, "max_steps": 160, "normalize_scores": True},
+        ppo_rewards=({"name": "asr", "kwargs": {"variant": "ppo"}}, "accuracy=0"),
         cell=(150, 90),
         columns=8,
     ),

@@ -52,6 +52,22 @@ def grpo_config(
     )
 
 
+def ppo_config(
+    recipe: Recipe,
+    folder: Path,
+    seed: int,
+    full: bool,
+    rewards: Sequence[str | dict[str, Any]] | None = None,
+    rows: str = "train.jsonl",
+    name: str = "ppo",
+) -> RunConfig:
+    """PPO in GRPO's place: the same rows and completions a step, from the recipe's rewards for it."""
+    config = grpo_config(recipe, folder, seed, full, recipe.ppo_rewards if rewards is None else rewards, rows)
+    values = config.model_dump()
+    values["train"] = {key: value for key, value in values["train"].items() if key != "beta"} | recipe.ppo
+    return RunConfig.model_validate({**values, "algorithm": "ppo", "output": str(folder / name)})
+
+
 def continued_config(recipe: Recipe, folder: Path, seed: int, seconds: float) -> RunConfig:
     """The warm start, gone on with for as long as GRPO took."""
     config = warm_config(recipe, folder, seed).model_dump()
@@ -86,7 +102,7 @@ def figures_of(warm: Any, grpo: Any, continued: Any) -> dict[str, Any]:
     }
 
 
-def look(recipe: Recipe, folder: Path, run_dir: Path, shown: int = 60) -> dict[str, Any]:
+def look(recipe: Recipe, folder: Path, run_dir: Path, shown: int = 60, learned: str = "GRPO") -> dict[str, Any]:
     """Draw the first held-out rows with the trained model's answers; what it says of media played backwards."""
     from ..data import load_data, to_sample
     from ..evaluate import evaluate
@@ -102,7 +118,7 @@ def look(recipe: Recipe, folder: Path, run_dir: Path, shown: int = 60) -> dict[s
         for answer, right, row in zip(seen.answers, seen.correct, rows, strict=True)
     ]
     pictures = [recipe.picture(to_sample(row).media[0]) for row in rows]
-    title = f"Held-out {recipe.rows} after GRPO"
+    title = f"Held-out {recipe.rows} after {learned}"
     layout = {"columns": recipe.columns, "cell": recipe.cell}
     contact_sheet(pictures, captions, seen.correct, run_dir / "held-out.png", title=title, **layout)
     backwards = folder / "data" / "reversed.jsonl"

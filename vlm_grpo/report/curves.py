@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _NAMES = {"dead_low": "all lowest", "dead_high": "all highest"}
 _MOST_POINTS = 1200  # of one line; a picture is not wider
+_KL_OF_COMPLETIONS = "KL to the reference (nats a completion)"
 Series = tuple[list[float], list[float]]
 
 
@@ -31,8 +32,9 @@ class Panel(NamedTuple):
 
     Metrics whose names begin with ``parts`` (and end with ``/mean``, where some do) are drawn into it by their names.
     ``otherwise`` is drawn where a run has not logged the metric itself. Of ``parts`` only ``names`` are drawn, where
-    these are given. ``chance`` is a level to be above. ``label`` stands beside the axis, and ``below`` is drawn under
-    the panel, over the same steps.
+    these are given. ``beside`` is further metrics and their names; one that is the panel's own all along is left out.
+    ``own`` is what the panel's own metric is called among others. ``chance`` is a level to be above. ``label`` stands
+    beside the axis, and ``below`` is drawn under the panel, over the same steps.
     """
 
     title: str
@@ -44,20 +46,26 @@ class Panel(NamedTuple):
     parts: str = ""
     otherwise: str = ""
     names: tuple[str, ...] | None = None
+    beside: tuple[tuple[str, str], ...] = ()
+    own: str = "total"
     chance: float | None = None
     label: str = ""
     below: "Panel | None" = None
 
 
 PANELS = (
-    Panel("reward", "reward", spread="reward_std", parts="rewards/"),
+    Panel("reward", "reward", spread="reward_std", parts="rewards/", beside=(("score", "score"),)),
     Panel("share of pairs judged right", "accuracy", chance=0.5),
     Panel("completion length (tokens)", "completions/mean_length", "completions/min_length", "completions/max_length"),
-    Panel("loss", "loss"),
+    Panel("loss", "loss", parts="loss/"),
     Panel("margin: score of chosen − rejected", "margin", chance=0.0),
     Panel("score: mean, lowest to highest", "mean_reward", "min_reward", "max_reward"),
     Panel("entropy (nats)", "entropy"),
-    Panel("KL to the reference (nats)", "kl"),
+    Panel("KL to the reference (nats a token)", "kl"),
+    Panel("values and returns (mean over tokens)", "returns", own="returns", beside=(("values", "values"),)),
+    Panel("share of the returns' variance explained", "explained_variance", chance=0.0),
+    Panel("clipped (share of tokens)", "clipfrac", own="policy's ratios", beside=(("vf_clipfrac", "new values"),)),
+    Panel("KL to the rollout's policy (nats a token)", "approx_kl"),
     Panel("groups with equal rewards (share)", "groups/dead", parts="groups/dead_", otherwise="frac_reward_zero_std"),
     Panel("completions cut at the limit (share)", "completions/clipped_ratio"),
     Panel("gradient norm", "grad_norm"),
@@ -159,6 +167,8 @@ def _story(panel: Panel, records: list[dict[str, Any]]) -> str:
     lines = {panel.label: series(records, panel.key)}
     if not panel.key:
         lines = _parts(records, panel, [])
+    elif panel.beside and not panel.parts:
+        lines = {panel.own: lines[panel.label], **_parts(records, panel, lines[panel.label][1])}
     if panel.below is not None:
         lines[panel.below.label] = series(records, panel.below.key)
     named = [
@@ -200,6 +210,10 @@ def _judged(records: list[dict[str, Any]], rewards: Rewards) -> Panel | None:
 
 
 def _in_use(panel: Panel, records: list[dict[str, Any]]) -> Panel:
+    """The panel as this run fills it: PPO's KL is a completion's, above its coefficient where that adapts."""
+    if panel.key == "kl" and (coefficients := series(records, "kl_coef")[1]):
+        below = Panel("", "kl_coef", smooth=False, label="kl_coef") if len(set(coefficients)) > 1 else None
+        return panel._replace(title=_KL_OF_COMPLETIONS, label="KL" if below else "", below=below)
     return panel._replace(key=panel.otherwise) if panel.otherwise and not series(records, panel.key)[0] else panel
 
 
@@ -213,7 +227,7 @@ def _draw_panel(axes: "Axes", panel: Panel, records: list[dict[str, Any]]) -> No
         axes.plot(*_thinned(steps, values), color=HUES[0], linewidth=0.8, alpha=0.28)
     if values:
         line = {"marker": "o" if len(values) < 20 else "", "markersize": 3.5, "linewidth": 1.9, "zorder": 4}
-        axes.plot(*_thinned(steps, smoothed), color=HUES[0], label="total" if parts else None, **line)
+        axes.plot(*_thinned(steps, smoothed), color=HUES[0], label=panel.own if parts else None, **line)
     for hue, (name, (part_steps, part_values)) in zip(cycle(HUES[1:]), parts.items(), strict=False):
         marker = "o" if len(part_values) == 1 else ""
         line = {"linewidth": 1.3, "marker": marker, "markersize": 3.5}
@@ -242,20 +256,21 @@ def _dress(axes: "Axes") -> None:
 
 def _draw_legends(panels: "list[Axes]") -> None:
     """Explain every kind of line once, on the first panel that has it."""
-    explained: set[str] = set()
+    explained: set[tuple[str, str]] = set()
     for axes in panels:
-        named = zip(*axes.get_legend_handles_labels(), strict=True)
-        handles = {label: handle for handle, label in named if label not in explained}
-        explained.update(handles)
+        lines = {(str(line.get_label()), str(line.get_color())): line for line in axes.lines}
+        new = {key: line for key, line in lines.items() if key not in explained and not key[0].startswith("_")}
+        explained.update(new)
+        handles = {label: line for (label, _), line in new.items()}
         if handles:
             look = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 1.4, "loc": "best"}
             place = axes.get_subplotspec()
             letters = 52 * (len(place.colspan) if place is not None else 1)
             columns = min(len(handles), 4, max(1, letters // (6 + max(len(label) for label in handles))))
-            lines = math.ceil(len(handles) / columns)
-            if lines > 1:  # no corner is empty enough: they get room of their own above the curves
+            rows = math.ceil(len(handles) / columns)
+            if rows > 1:  # no corner is empty enough: they get room of their own above the curves
                 low, high = axes.get_ylim()
-                axes.set_ylim(low, high + (high - low) * 0.11 * lines)
+                axes.set_ylim(low, high + (high - low) * 0.11 * rows)
                 look |= {"loc": "upper left", "fontsize": 7.5, "borderaxespad": 0.0}
             axes.legend(handles.values(), handles.keys(), ncols=columns, **look)
 
@@ -282,20 +297,26 @@ def _draw_band(axes: "Axes", panel: Panel, records: list[dict[str, Any]]) -> Non
 
 
 def _parts(records: list[dict[str, Any]], panel: Panel, total: list[float]) -> dict[str, Series]:
-    """The metrics that make up a panel's, by name; none when the only one is the panel's own."""
+    """The metrics that make up a panel's, by name; none when the only one is the panel's own. Those beside it."""
+    near = {name: series(records, key) for key, name in panel.beside}
+    near = {name: found for name, found in near.items() if found[0] and not _same(found[1], total)}
     if not panel.parts:
-        return {}
+        return near
     keys = dict.fromkeys(key for record in records for key in record if key.startswith(panel.parts))
     means = [key for key in keys if key.endswith("/mean")]
     parts = {key.split("/", 1)[1].removesuffix("/mean"): series(records, key) for key in means or keys}
     parts = {name: found for name, found in parts.items() if found[0] and (panel.names is None or name in panel.names)}
     if len(parts) == 1 and panel.key:
         (only,) = parts.values()
-        same = len(only[1]) == len(total) and all(
-            math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(only[1], total, strict=True)
-        )
-        return {} if same else parts
-    return parts
+        parts = {} if _same(only[1], total) else parts
+    return parts | near
+
+
+def _same(values: list[float], others: list[float]) -> bool:
+    """Whether they are one line, but for rounding."""
+    return len(values) == len(others) and all(
+        math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(values, others, strict=True)
+    )
 
 
 def _label(name: str) -> str:

@@ -18,12 +18,18 @@ _OPTIONS = {
     "num_generations": "completions per prompt",
     "learning_rate": "learning rate",
     "beta": "beta (KL)",
+    "kl_coef": "KL penalty (kl_coef)",
+    "kl_target": "KL to reach",
+    "gamma": "gamma",
+    "lam": "lambda",
+    "vf_coef": "weight of the value loss",
     "loss_type": "loss",
     "scale_rewards": "reward scaling",
     "temperature": "temperature",
     "max_completion_length": "most tokens of a completion",
     "seed": "seed",
 }
+_OF_GROUPS = ("beta", "scale_rewards")  # which PPO has no use for
 
 
 class State(NamedTuple):
@@ -98,6 +104,8 @@ def run_facts(
     """(name, value) of what the run was made from and with."""
     data, train = _mapping(config.get("data")), _mapping(config.get("train"))
     facts = [("command", f"vlm-grpo {said_as(command)}" if command else "")]
+    is_ppo = config.get("algorithm") == "ppo"
+    facts += [("algorithm", "PPO" if is_ppo else "")]
     facts += [("model", _name(config.get("model"))), ("trained", _trained(config))]
     rows = "pairs" if command == REWARD_TRAIN else "rows"
     facts += [(f"training {rows}", _name(data.get("train"))), (f"held-out {rows}", _name(data.get("eval")))]
@@ -105,7 +113,8 @@ def run_facts(
     facts += [("rewards", ", ".join(paid)), ("watched, no part of the reward", ", ".join(watched))]
     facts += [("captions for the judge", _name(_mapping(config.get("judge")).get("captions")))]
     facts += [("prompts left out", _counts(result.get("left_out")))]
-    facts += [(title, as_text(train.get(key))) for key, title in _OPTIONS.items()]
+    options = {key: title for key, title in _OPTIONS.items() if not (is_ppo and key in _OF_GROUPS)}
+    facts += [(title, as_text(train.get(key))) for key, title in options.items()]
     facts += [("made with", ", ".join(versions))]
     return [(name, value) for name, value in facts if value]
 

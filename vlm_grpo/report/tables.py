@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from .embed import Embedder, Shown, labels_of, short
@@ -128,13 +129,19 @@ def _samples(records: list[tuple[int, Any]], embedder: Embedder, weights: Sequen
     with_sum = len(names) > 1 and bool(weight_of)
     logged = list(dict.fromkeys(str(key) for record in every for key in record if key not in _OURS))
     extra = [key for key in logged if any(record.get(key) not in (None, "") for record in every)]
+    figures = [
+        key
+        for key in extra
+        if key != "answer" and all(isinstance(record.get(key), (float, NoneType)) for record in every)
+    ]
     with_media = any(record.get("media") or record.get("media_files") for record in every)
     columns = [Column("step", "number")]
     columns += [Column("media", "media", True)] if with_media else []
     columns += [Column("prompt", "long", True), Column("completion", "long")]
-    columns += [Column(name, "text") for name in extra]
+    columns += [Column(name, "text") for name in extra if name not in figures]
     columns += [Column("reward", "number")] if with_sum else []
     columns += [Column(f"{name} (watched)" if name in watched else name, "number") for name in names]
+    columns += [Column(name, "number") for name in figures]
     columns += [Column("advantage", "number")]
     values = {name: [finite(_rewards(record).get(name)) for record in every] for name in names}
     sums = [_weighted([values[name][row] for name in names], weights) for row in range(len(every))] if with_sum else []
@@ -144,9 +151,10 @@ def _samples(records: list[tuple[int, Any]], embedder: Embedder, weights: Sequen
         cells = [number_cell(record.get("step"))]
         cells += [Cell(media=tuple(embedder.place(record)))] if with_media else []
         cells += [text_cell(shortened(record)), text_cell(record.get("completion"), empty=_NOTHING)]
-        cells += [text_cell(record.get(name)) for name in extra]
+        cells += [text_cell(record.get(name)) for name in extra if name not in figures]
         cells += [number_cell(sums[place], sums)] if with_sum else []
         cells += [number_cell(values[name][place], values[name]) for name in names]
+        cells += [number_cell(record.get(name)) for name in figures]
         rows.append(Row([*cells, number_cell(advantages[place])], group))
     return Table("samples", note, columns, rows)
 
