@@ -627,7 +627,7 @@ def test_the_reward_models_demo_from_end_to_end(shrunk: Path, judged: Path, monk
     assert Path(figures["run_dir"]).resolve() == folder / "grpo" and (folder / "grpo" / "held-out.png").is_file()
     metrics = [json.loads(line) for line in (folder / "grpo" / "metrics.jsonl").open()]
     for record in metrics:  # the score alone is the reward; the truth is measured
-        (score,) = [record[k] for k in record if k.startswith("rewards/reward-model") and k.endswith("/mean")]
+        (score,) = [record[k] for k in record if k.startswith("rewards/model") and k.endswith("/mean")]
         assert record["reward"] == pytest.approx(score) and "rewards/accuracy/mean" in record
     shown = set(re.findall(r"(\d+\.\d)%", result.stderr))
     assert {f"{100 * figures[k]:.1f}" for k in figures if "accuracy" in k} <= shown

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlm_grpo import VLMGRPOConfig, VLMPPOConfig, VLMPPOTrainer, load_model
 from vlm_grpo.collate import collate
 from vlm_grpo.config import LoraOptions
+from vlm_grpo.critic import saved_values
 from vlm_grpo.errors import ConfigError, UnsupportedError
 from vlm_grpo.models.heads import heads_of
 from vlm_grpo.rewards.judge import JudgeReward
@@ -60,7 +61,9 @@ def trainer_of(model: Any, processor: Any, path: Any, reward: Any = by_letters, 
         "disable_tqdm": True,
         "gradient_checkpointing": False,
     }
-    return Watched(model, reward, VLMPPOConfig(**{**given, **options}), data, processing_class=processor)
+    values = options.pop("values", None)
+    args = VLMPPOConfig(**{**given, **options})
+    return Watched(model, reward, args, data, processing_class=processor, values=values)
 
 
 @pytest.fixture(scope="module")
@@ -387,3 +390,21 @@ def test_a_continued_run_is_the_same_run(base, tmp_path):
     for name, value in whole.model.state_dict().items():
         assert value.equal(other.model.state_dict()[name]), name
     assert other.kl_control.coef == whole.kl_control.coef
+
+
+def test_a_run_from_a_finished_one_goes_on_with_its_values(base, tmp_path):
+    # covers A10
+    first = trainer_of(*judges.policy(base), tmp_path / "first")
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    folder = saved_values(str(tmp_path / "first"), adapted=True)
+    assert folder == tmp_path / "first" / "value"
+    assert saved_values(str(tmp_path / "first"), adapted=False) is None and saved_values(base, adapted=True) is None
+    model, processor = load_model(str(tmp_path / "first"))
+    second = trainer_of(model, processor, tmp_path / "second", values=folder)
+    weights, before = second.model.state_dict(), first.model.state_dict()
+    same = [name for name in weights if ".value." in name]
+    assert same and all(weights[name].equal(before[name]) for name in same)
+    second.train()
+    assert logged(second, "values")[0] != 0
+    assert any(not second.model.state_dict()[name].equal(before[name]) for name in same), "and trains them"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -10,9 +11,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from .encode import EncodedPrompt
 from .group import plain_model
-from .models.adapters import POLICY, adapter_parameters, copy_adapter, remember_roles, role
+from .models.adapters import POLICY, adapter_parameters, copy_adapter, load_role, remember_roles, role
 from .models.families import family_of
-from .models.heads import add_head, heads_of
+from .models.heads import HEAD_FILE, add_head, heads_of, load_head
 from .models.modes import pinned_forward
 from .scoring import forwards
 from .scoring import values as plain_values
@@ -21,22 +22,46 @@ VALUE = "value"
 _REWARD = "reward"
 
 
-def add_values(policy: Any, disable_dropout: bool) -> None:
-    """Give a policy its values: with PEFT an adapter of their own, and a head of zeros in any case.
+def add_values(policy: Any, disable_dropout: bool, folder: Path | None = None) -> None:
+    """Give a policy its values: with PEFT an adapter of their own, and a head.
 
-    The adapter is a copy of a reward model's on the same base, else of the policy's as it starts.
+    They are those of an earlier run where its folder is given; else the adapter is a copy of a reward model's on the
+    same base, or of the policy's as it starts, and the head begins at zero.
 
     Args:
         policy: PEFT's model or a plain one, without wrappers; before there is an optimizer.
         disable_dropout: whether the adapter has none.
+        folder: see ``saved_values``.
+
+    Raises:
+        ConfigError: the folder's adapter is of another base, or cannot be read.
+        CheckpointError: its head cannot.
     """
-    if is_peft_model(policy) and VALUE not in policy.peft_config:
+    if folder is not None:
+        if is_peft_model(policy):
+            load_role(policy, folder, VALUE, trainable=True)
+        load_head(policy, VALUE, folder)
+    elif is_peft_model(policy) and VALUE not in policy.peft_config:
         judged = _REWARD in policy.peft_config and _REWARD in heads_of(policy)
         copy_adapter(policy, _REWARD if judged else POLICY, VALUE, trainable=True)
+    if folder is None:
+        add_head(policy, VALUE, zero=True)
+    if is_peft_model(policy):
         remember_roles(policy)  # a step's two adapters share one backward pass
         if disable_dropout:
             disable_dropout_in_model(policy)
-    add_head(policy, VALUE, zero=True)
+
+
+def saved_values(model: str, adapted: bool) -> Path | None:
+    """The folder of the values that a finished PPO run has beside its policy; None for any other model.
+
+    Args:
+        model: a name or a path.
+        adapted: whether the policy's adapter is gone on with, so that an adapter of values fits.
+    """
+    folder = Path(model).expanduser() / VALUE
+    fits = (folder / "adapter_config.json").is_file() == adapted
+    return folder if (folder / HEAD_FILE).is_file() and fits else None
 
 
 def value_parameters(policy: Any) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ the KL to the reference is taken off the reward of each token. Sampling, the cli
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class VLMPPOTrainer(VLMGRPOTrainer):
     Args:
         args: a ``VLMPPOConfig``.
         model, reward_funcs, ...: see ``VLMGRPOTrainer``. No ``tools``.
+        values: the folder ``value`` of an earlier run, whose values are gone on with.
 
     Raises:
         UnsupportedError: tools.
@@ -55,7 +57,15 @@ class VLMPPOTrainer(VLMGRPOTrainer):
     _tag_names = ["trl", "ppo", "vlm-grpo"]
     compares = False
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *others: Any,
+        values: str | Path | None = None,
+        **named: Any,
+    ) -> None:
         args = VLMPPOConfig.of(args)
         if named.get("tools"):
             raise UnsupportedError("tools have no test with PPO yet. Leave them out, or train by GRPO.")
@@ -66,7 +76,7 @@ class VLMPPOTrainer(VLMGRPOTrainer):
             super().__init__(model, reward_funcs, args, *others, **named)
         self.beta = 0.0
         if args.vf_coef > 0:
-            add_values(self.accelerator.unwrap_model(self.model), args.disable_dropout)
+            add_values(self.accelerator.unwrap_model(self.model), args.disable_dropout, values and Path(values))
 
     def create_optimizer(self, model: Any = None) -> Any:
         new, rate = self.optimizer is None, self.args.value_learning_rate

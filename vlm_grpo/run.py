@@ -18,6 +18,7 @@ from .callbacks import (
 from .card import write_run_card
 from .checkpoint import MANIFEST, find_checkpoint, is_whole
 from .config import RunConfig, method, require, resolved, said_as
+from .critic import saved_values
 from .errors import CheckpointError, ConfigError, VLMGRPOError
 from .folder import (
     CURVES,
@@ -64,12 +65,8 @@ _RUN_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 _SECONDS_BETWEEN_SAVES = 120.0
-_CONFIGS: dict[str, Any] = {
-    "train": VLMGRPOConfig,
-    "ppo": VLMPPOConfig,
-    "sft": VLMSFTConfig,
-    REWARD_TRAIN: VLMRewardConfig,
-}
+_CONFIGS: dict[str, Any] = {"train": VLMGRPOConfig, "ppo": VLMPPOConfig, "sft": VLMSFTConfig}
+_CONFIGS[REWARD_TRAIN] = VLMRewardConfig
 # Options whose values a run writes down also where they are a library's defaults, which the next version may change.
 _WRITTEN = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
@@ -277,7 +274,9 @@ class _Run:
         try:
             media: dict[str, Any] = {"media": self.config.media, "media_root": self.config.data.media_root}
             if self.command == "train":
-                cls = VLMPPOTrainer if self.config.algorithm == "ppo" else VLMGRPOTrainer
+                cls: Any = VLMGRPOTrainer
+                if self.config.algorithm == "ppo":
+                    cls, media["values"] = VLMPPOTrainer, saved_values(self.config.model, is_adapter(self.config.model))
                 trainer: Any = cls(model, self.rewards, self.args, self.data, evaluated, processor, **media)
             elif self.judging is not None:
                 media |= {"judge": self.judging.judge, "captions": self.judging.captions}
