@@ -76,7 +76,11 @@ class VLMPPOTrainer(VLMGRPOTrainer):
             super().__init__(model, reward_funcs, args, *others, **named)
         self.beta = 0.0
         if args.vf_coef > 0:
-            add_values(self.accelerator.unwrap_model(self.model), args.disable_dropout, values and Path(values))
+            add_values(
+                self.accelerator.unwrap_model(self.model),
+                args.disable_dropout,
+                None if values is None else Path(values),
+            )
 
     def create_optimizer(self, model: Any = None) -> Any:
         new, rate = self.optimizer is None, self.args.value_learning_rate
