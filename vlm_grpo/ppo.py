@@ -226,15 +226,17 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         return (*found, self._values(ids, mask, width, rows, size, model))
 
     def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
-        (values,) = self._beside
+        (values,), self._beside = self._beside, []  # what keeps a graph keeps its memory
         self._gradient_check.watch(values, [encoded.senses for encoded in inputs["encodings"]])
         mask = inputs["completion_mask"] * inputs["scored"][:, None]
         of_values, clipped = value_loss(
             values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value
         )
-        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-        self._note_update(loss * accumulation, of_values, clipped, inputs)
-        return loss + self.args.vf_coef * of_values * self._share(inputs, mask)
+        share = self._share(inputs, mask)
+        self._note_update(
+            {"loss/policy": loss, "loss/value": of_values * share, "vf_clipfrac": clipped * share}, inputs
+        )
+        return loss + self.args.vf_coef * of_values * share
 
     def _share(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | float:
         """What a micro-batch's mean over its tokens weighs in the gradient, as it does in TRL's loss."""
@@ -246,14 +248,17 @@ class VLMPPOTrainer(VLMGRPOTrainer):
             tokens = tokens * accumulation / self.args.steps_per_generation
         return mask.sum() / tokens
 
-    def _note_update(self, loss: Tensor, of_values: Tensor, clipped: Tensor, inputs: dict[str, Any]) -> None:
+    def _note_update(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """The metrics of a micro-batch; ``parts`` are weighed as they are in the gradient."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         mask, old = inputs["completion_mask"], inputs["old_per_token_logps"]
         moved = masked_mean(0.5 * (self._logps - old).square(), mask, self._total)
         metrics["approx_kl"].append(moved.item())
         metrics["clipfrac"].append(metrics["clip_ratio/region_mean"][-1])
-        for name, own in (("loss/policy", loss), ("loss/value", of_values), ("vf_clipfrac", clipped)):
-            metrics[name].append((self._total(own.detach()) / self.accelerator.num_processes).item())
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        for name, own in parts.items():
+            mean = self._total(own.detach()).item() / self.accelerator.num_processes
+            metrics[name].append(mean * accumulation)
 
     # ---- resume -------------------------------------------------------------------------------------------------
 
