@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from vlm_grpo import VLMGRPOConfig, VLMPPOConfig, VLMPPOTrainer, load_model
+from vlm_grpo import VLMGRPOConfig, VLMGRPOTrainer, VLMPPOConfig, VLMPPOTrainer, load_model
 from vlm_grpo.collate import collate
 from vlm_grpo.config import LoraOptions
 from vlm_grpo.critic import saved_values
@@ -109,6 +109,9 @@ def test_the_batches_of_one_completion_a_prompt_are_trls(tmp_path, options):
         ({"cliprange_value": 0}, "cliprange_value=0: needs more than 0"),
         ({"resample_dead_groups": 2}, "PPO compares no group"),
         ({"value_learning_rate": 0.1, "vf_coef": 0}, "no values are trained"),
+        ({"missing_eos_penalty": 8, "mask_truncated_completions": True}, "learns from no penalty"),
+        ({"scale_rewards": "batch"}, "scale_rewards=batch: PPO compares no group"),
+        ({"kl_coef": 0, "kl_target": 6.0}, "0 cannot adapt"),
         ({"loss_type": "cispo"}, "not PPO's clipped loss"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises the rewards of a group"),
     ],
@@ -124,6 +127,50 @@ def test_tools_and_a_moving_reference_are_refused(tmp_path):
     model, processor = tiny.build("qwen2_5_vl", layers=1)
     with pytest.raises(UnsupportedError, match="tools have no test with PPO"):
         VLMPPOTrainer(model, by_letters, processing_class=processor, tools=[print])
+
+
+def test_what_belongs_to_another_trainer_is_refused(base, tmp_path):
+    model, processor = judges.policy(base)
+    data = Dataset.from_list(tiny.rows("image one", ("image",)))
+    args = VLMPPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
+    with pytest.raises(ConfigError, match="VLMPPOConfig, whose options GRPO does not read"):
+        VLMGRPOTrainer(model, by_letters, args, data, processing_class=processor)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ConfigError, match="An optimizer of your own lacks the values"):
+        VLMPPOTrainer(model, by_letters, args, data, processing_class=processor, optimizers=(optimizer, None))
+    model, processor = judges.policy(base)
+    trainer_of(model, processor, tmp_path)
+    with pytest.raises(ConfigError, match="has an adapter ref or value, of an earlier trainer"):
+        trainer_of(model, processor, tmp_path)
+
+
+def test_a_first_rollout_without_a_signal_is_no_broken_graph(tmp_path):
+    # covers hold 8: all scores equal, and values with a vision tower's adapter that the policy lacks
+    folder = judges.base("qwen2_5_vl", tmp_path / "base", layers=1)
+    run = judges.reward_run(folder, tmp_path / "judge", vision=True)
+
+    def same(completions, **columns):
+        return [3.0] * len(completions)
+
+    trainer = trainer_of(*judges.policy(folder), tmp_path / "same", same, lam=1.0, kl_coef=0.0, max_steps=6)
+    trainer.train()
+    assert logged(trainer, "values")[-1] > 0 and not logged(trainer, "kl"), "no reference, no KL"
+    judged = trainer_of(*judges.policy(folder), tmp_path / "judged", [JudgeReward(run)], max_steps=6)
+    vision = [n for n, p in judged.model.named_parameters() if ".value." in n and "visual" in n and p.requires_grad]
+    before = {name: judged.model.get_parameter(name).detach().clone() for name in vision}
+    judged.train()
+    assert vision and any(not judged.model.get_parameter(name).equal(value) for name, value in before.items())
+
+
+def test_a_column_of_a_rewards_own_stays_its(base, tmp_path):
+    def scored(completions, log_extra, **columns):
+        log_extra("score", ["mine"] * len(completions))
+        return by_letters(completions)
+
+    trainer = trainer_of(*judges.policy(base), tmp_path, scored, max_steps=8)
+    trainer.train()
+    extra = trainer._logs["extra"]
+    assert set(extra["score"]) == {"mine"} and len(extra["kl"]) == len(extra["value"]) == len(extra["score"])
 
 
 def test_a_plain_grpo_config_gets_the_defaults_of_ppos_options(tmp_path):

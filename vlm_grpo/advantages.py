@@ -227,7 +227,8 @@ class KLController:
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from ``state()``; target and horizon stay this controller's own."""
-        self.coef = float(state["coef"])
+        if self.target is not None:  # a fixed one is the config's
+            self.coef = float(state["coef"])
 
 
 class RunningMoments:

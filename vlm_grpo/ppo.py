@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from .advantages import (
@@ -24,7 +25,7 @@ from .advantages import (
     whiten,
 )
 from .critic import VALUE, add_values, value_parameters, values_of
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .losses import value_loss
 from .models.modes import without_checkpointing
 from .ppo_config import VLMPPOConfig
@@ -69,18 +70,37 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         args = VLMPPOConfig.of(args)
         if named.get("tools"):
             raise UnsupportedError("tools have no test with PPO yet. Leave them out, or train by GRPO.")
+        if is_peft_model(model) and {"ref", VALUE} & model.peft_config.keys():
+            raise ConfigError(
+                "The model has an adapter ref or value, of an earlier trainer. Load it anew; values=RUN/value goes on "
+                "with those of a finished run."
+            )
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self._moments = RunningMoments()
-        self._updates = False
+        self._updates, self._columns = False, set[str]()
         with _reference_of(args):
             super().__init__(model, reward_funcs, args, *others, **named)
         self.beta = 0.0
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UnsupportedError("PPO has no test under FSDP or DeepSpeed yet. Use DDP, or one process.")
         if args.vf_coef > 0:
-            add_values(
-                self.accelerator.unwrap_model(self.model),
-                args.disable_dropout,
-                None if values is None else Path(values),
+            self._give_values(None if values is None else Path(values))
+
+    def _args_of(self, args: Any) -> VLMPPOConfig:
+        return args  # made already, and lent a beta
+
+    def _give_values(self, folder: Path | None) -> None:
+        if self.optimizer is not None:
+            raise ConfigError(
+                "An optimizer of your own lacks the values, which this trainer makes. Leave it out (there are "
+                "learning_rate, value_learning_rate and optim), or set vf_coef=0."
             )
+        policy, check = self.accelerator.unwrap_model(self.model), self._gradient_check
+        add_values(policy, self.args.disable_dropout, folder)
+        # A head of zeros hands no gradient on: on step 1 the adapter of the values says nothing of any tower.
+        own, tower_of = {id(parameter) for parameter in value_parameters(policy)}, check.tower_of
+        names = {name for name, parameter in policy.named_parameters() if id(parameter) in own}
+        check.tower_of = lambda name: VALUE if name in names else tower_of(name)
 
     def create_optimizer(self, model: Any = None) -> Any:
         new, rate = self.optimizer is None, self.args.value_learning_rate
@@ -130,7 +150,7 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         """Returns and advantages (B, T) of a rollout; the KL that it was drawn with adapts the coefficient."""
         args, control, mask = self.args, self.kl_control, batch["completion_mask"]
         old, reference = batch["old_per_token_logps"], batch.pop("ref_per_token_logps", None)
-        scores = self._shaped(batch)
+        scores = self._shaped(batch).masked_fill(~mask.bool().any(1), torch.nan)  # what is masked whole has no part
         known = ~scores.isnan()
         batch["scored"] = known.to(mask.dtype)
         mask = mask * batch["scored"][:, None]
@@ -144,9 +164,10 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, total=self._total)
         batch["advantages"] = advantages
-        self._note_completions(
-            advantages, {"score": scores, "kl": (kl * mask).sum(1), "value": row_means(values, mask)}, mask
-        )
+        figures = {"score": scores, "value": row_means(values, mask)}
+        if reference is not None:
+            figures["kl"] = (kl * mask).sum(1)
+        self._note_completions(advantages, figures, mask)
 
     def _shaped(self, batch: dict[str, Any]) -> Tensor:
         """Scores (B,), less what a completion without an end loses; NaN where there is none."""
@@ -184,20 +205,28 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         sums = self._total(torch.stack([kl.sum(), scores.sum(), kl.new_tensor(float(len(kl)))]))
         count = max(1.0, sums[2].item())
         mean_kl = sums[0].item() / count
-        metrics["kl"].append(mean_kl)
+        if self._needs_reference():
+            metrics["kl"].append(mean_kl)
         metrics["score"].append(sums[1].item() / count)
         metrics["kl_coef"].append(self.kl_control.coef)
         if self.model.training:
             self.kl_control.update(mean_kl, int(count))
 
     def _note_completions(self, advantages: Tensor, figures: dict[str, Tensor], mask: Tensor) -> None:
-        """What samples.jsonl and TRL's table tell beside each completion: means over its tokens, and its KL."""
+        """What samples.jsonl and TRL's table tell beside each completion: means over its tokens, and its KL.
+
+        A column that a reward logs under the same name stays the reward's.
+        """
         logged = self._logs["advantages"]
         every = self.accelerator.gather(row_means(advantages, mask)).tolist()
         for _ in range(min(len(every), len(logged))):
             logged.pop()
         logged.extend(every)
+        theirs = {name for name, values in self._logs["extra"].items() if values} - self._columns
         for name, own in figures.items():
+            if name in theirs:
+                continue
+            self._columns.add(name)
             column = self.accelerator.gather(own).tolist()
             self._logs["extra"][name].extend(None if math.isnan(value) else value for value in column)
 
@@ -227,7 +256,6 @@ class VLMPPOTrainer(VLMGRPOTrainer):
 
     def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
         (values,), self._beside = self._beside, []  # what keeps a graph keeps its memory
-        self._gradient_check.watch(values, [encoded.senses for encoded in inputs["encodings"]])
         mask = inputs["completion_mask"] * inputs["scored"][:, None]
         of_values, clipped = value_loss(
             values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from .advantages import KLController
 from .errors import ConfigError, UnsupportedError
 from .patches.trl import own_grpo_config
 from .trainer_config import VLMGRPOConfig, no_choice
@@ -104,6 +105,17 @@ def _refuse(config: Any) -> None:
             f"beta={config.beta}: that is the KL in GRPO's loss. PPO's is in the rewards: give kl_coef, and leave beta "
             "out."
         )
+    if config.missing_eos_penalty and config.mask_truncated_completions:
+        raise ConfigError(
+            "missing_eos_penalty beside mask_truncated_completions: what is masked learns from no penalty. Leave one "
+            "of them out."
+        )
+    if config.scale_rewards not in ("group", True):
+        raise ConfigError(
+            f"scale_rewards={config.scale_rewards}: PPO compares no group. Leave it out; there are whiten_advantages "
+            "and normalize_scores."
+        )
+    KLController(config.kl_coef, config.kl_target, config.kl_horizon)  # says what cannot be
     if config.resample_dead_groups:
         raise ConfigError(
             f"resample_dead_groups={config.resample_dead_groups}: PPO compares no group, none is dead. Leave it out."

@@ -57,8 +57,8 @@ class _StatusColumn(ProgressColumn):
 class ProgressCallback(TrainerCallback):
     """One progress bar a run, with time left, reward, length, KL, memory and loss; plain lines without a terminal.
 
-    Length is the mean of the completions in tokens, KL in nats a token, memory the most so far (``peak_memory``). Plain
-    lines come every ten seconds or tenth of the run. Both go to the standard error stream.
+    Length is the mean of the completions in tokens, KL in nats (a token, or a completion for PPO), memory the most so
+    far (``peak_memory``). Plain lines come every ten seconds or tenth of the run. Both go to the standard error stream.
 
     Args:
         description: what stands in front.

@@ -114,7 +114,7 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         media_root: str | Path | None = None,
         media: MediaOptions | dict[str, Any] | None = None,
     ) -> None:
-        args = VLMGRPOConfig.of(args)
+        args = self._args_of(args)
         refuse_untested(rollout_func=rollout_func, environment_factory=environment_factory)
         check_size(train_dataset, args)
         LOG_PROBS.ensure()
@@ -168,6 +168,9 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
         share_base(self)
 
     # ---- set-up -------------------------------------------------------------------------------------------------
+
+    def _args_of(self, args: Any) -> VLMGRPOConfig:
+        return VLMGRPOConfig.of(args)
 
     def _share_groups(self) -> None:
         share_groups(self)

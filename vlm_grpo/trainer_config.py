@@ -160,6 +160,11 @@ class VLMGRPOConfig(RateOptions, GRPOConfig):
         if args is None:
             return cls()
         if isinstance(args, cls):
+            if args.fewest_generations != cls.fewest_generations:
+                raise ConfigError(
+                    f"args is a {type(args).__name__}, whose options GRPO does not read. Give a {cls.__name__}, or "
+                    "train by VLMPPOTrainer."
+                )
             return args
         missing = [name for name in ("num_generations", "beta", "output_dir") if not hasattr(args, name)]
         if missing:
@@ -239,6 +244,8 @@ def _refuse_unsupported(config: Any) -> None:
             "log-probabilities are taken from. Leave it out."
         )
     if config.num_generations is not None and config.num_generations < config.fewest_generations:
+        if config.fewest_generations == 1:
+            raise ConfigError(f"num_generations={config.num_generations}: needs 1 or more. Correct the value.")
         raise ConfigError(
             f"num_generations={config.num_generations}: GRPO compares the completions of one prompt with each other, "
             "so a single one has no advantage. Give 2 or more."

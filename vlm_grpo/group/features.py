@@ -15,6 +15,7 @@ from ..collate import pad_and_concatenate
 from ..encode import EncodedPrompt
 from ..models.adapters import active_adapters
 from ..models.families import Family, tower_of
+from ..models.heads import HEADS
 from ..patches.transformers import answered_by
 
 Key = tuple[str, int]  # which encoder, and the how many-th call of it in a forward
@@ -50,6 +51,8 @@ class Features:
         towers: dict[str, bool] = {}
         active = active_adapters(self.model)
         for name, parameter in self.model.named_parameters():
+            if name.startswith(f"{HEADS}."):
+                continue  # a head reads hidden states, no medium
             if name not in self._places:
                 self._places[name] = tower_of(self.family, name), _adapter_of(name)
             tower, adapter = self._places[name]
