@@ -207,6 +207,7 @@ def on_its_side(completion_ids, side, **columns):
     return [float(ids[0] % 4 == quarter) for ids, quarter in zip(completion_ids, side, strict=True)]
 
 
+@pytest.mark.slow
 def test_training_learns_to_look(tmp_path: Path):  # covers U1
     model, processor = tiny.build("qwen2_5_vl", layers=1, image_scale=4)
     args = VLMGRPOConfig(

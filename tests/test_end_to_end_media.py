@@ -63,6 +63,7 @@ def without_time(folder: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k.partition("/")[0] not in clocks} for r in records]
 
 
+@pytest.mark.slow
 def test_video_sound_and_text_killed_and_continued(workplace: Path):  # covers O1 A1 Q10 L10
     out, error = called(0, *TRAIN, "--output", "whole")
     assert "6 steps in" in out

@@ -122,7 +122,13 @@ def has_case(family: str, kind: str, case: str) -> bool:
 
 @pytest.mark.parametrize(
     ("family", "kind", "case"),
-    [(*p, case) for case in ("one", "several", "sizes", "mixed") for p in PAIRS if has_case(*p, case)],
+    [
+        # What "sizes" and "mixed" hold too: one medium a row, and several.
+        pytest.param(*p, case, marks=[pytest.mark.slow] if case in ("one", "several") else [])
+        for case in ("one", "several", "sizes", "mixed")
+        for p in PAIRS
+        if has_case(*p, case)
+    ],
 )
 def test_exact_logps(family, kind, case, tmp_path, largest):
     # covers U1 U10 O1 O2 A1

@@ -63,6 +63,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_with_a_faulty_judge(workplace: Path):
     # covers A4
     with serving(unreliable) as judge:

@@ -340,14 +340,14 @@ def test_the_model_is_left_as_it_was(mode, tmp_path, caplog):
     trainer = make(three("image"), tmp_path)
     trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
     layer = trainer.model.model.language_model.layers[0]
-    checkpoint = layer._gradient_checkpointing_func
+    checkpoint = vars(layer)["_gradient_checkpointing_func"]
     trainer.model.train(mode)
     trainer.model.lm_head.train(not mode)
     trainer.model.model.rope_deltas = before = torch.tensor([[5]])
     names = [set(vars(module)) for module in trainer.model.modules()]
     check(trainer, caplog)
     assert trainer.model.model.rope_deltas is before
-    assert layer.gradient_checkpointing and layer._gradient_checkpointing_func is checkpoint
+    assert layer.gradient_checkpointing and vars(layer)["_gradient_checkpointing_func"] is checkpoint
     assert trainer.model.training is mode and trainer.model.lm_head.training is not mode
     assert [set(vars(module)) for module in trainer.model.modules()] == names
     assert all(parameter.grad is None for parameter in trainer.model.parameters())

@@ -162,6 +162,7 @@ def test_a_first_rollout_without_a_signal_is_no_broken_graph(tmp_path):
     assert vision and any(not judged.model.get_parameter(name).equal(value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_column_of_a_rewards_own_stays_its(base, tmp_path):
     def scored(completions, log_extra, **columns):
         log_extra("score", ["mine"] * len(completions))
@@ -353,6 +354,7 @@ def test_ten_steps_move_policy_and_values_alone(tmp_path, options):
     assert logged(trainer, "values")[-1] != 0
 
 
+@pytest.mark.slow
 def test_shared_prompts_change_neither_values_nor_scores_nor_losses(base, tmp_path):
     # covers L5, hold 4
     found = {}
@@ -409,6 +411,7 @@ def test_without_adapters_the_head_stands_on_the_policy(tmp_path):
     assert not before.lm_head.weight.equal(model.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_the_kl_coefficient_adapts_by_the_rollout(base, tmp_path):
     # covers A9
     model, processor = judges.policy(base)
@@ -439,6 +442,7 @@ def test_a_continued_run_is_the_same_run(base, tmp_path):
     assert other.kl_control.coef == whole.kl_control.coef
 
 
+@pytest.mark.slow
 def test_a_run_from_a_finished_one_goes_on_with_its_values(base, tmp_path):
     # covers A10
     first = trainer_of(*judges.policy(base), tmp_path / "first")
