@@ -57,7 +57,7 @@ def refused(*args: str) -> str:
     return result.stderr.strip()
 
 
-@pytest.mark.parametrize("modality", [pytest.param("image", marks=SLOW), "video", pytest.param("audio", marks=SLOW)])
+@pytest.mark.parametrize("modality", [pytest.param(kind, marks=SLOW) for kind in ("image", "video", "audio")])
 def test_both_train_alike_on_prompts_of_the_wanted_length(modality):  # covers Q2
     said = []
     result = run_bench(replace(SMALL, modality=modality, beta=0.04), say=said.append)

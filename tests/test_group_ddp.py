@@ -36,9 +36,9 @@ VISION_IN_CHECKPOINTS = {"vision": True, "gradient_checkpointing": True}
 # Rows a process and micro-batch, completions a prompt, micro-batches a step, and the options that matter.
 QUICK: dict[str, dict[str, Any]] = {
     "half a group": {"batch": 2, "generations": 4, "steps": 1, "beta": 0.1},
-    "a group each and pictures for one": {"batch": 2, "generations": 2, "data": ONE_SIDED, **VISION_IN_CHECKPOINTS},
 }
 SLOW: dict[str, dict[str, Any]] = {
+    "a group each and pictures for one": {"batch": 2, "generations": 2, "data": ONE_SIDED, **VISION_IN_CHECKPOINTS},
     # Two forwards on the first process, the later one without pictures, and one on the second.
     "one and a half but one falls back": {"batch": 6, "generations": 4, "steps": 1, "vision": True, "falls_back": 1},
     "two groups": {"batch": 4, "generations": 2, "gradient_checkpointing": True, "beta": 0.1},
