@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
 from .encode import EncodedPrompt
-from .group import plain_model
+from .group import plain_model, unwrapped
 from .models.adapters import POLICY, adapter_parameters, copy_adapter, load_role, remember_roles, role
 from .models.families import family_of
 from .models.heads import HEAD_FILE, add_head, heads_of, load_head
@@ -41,7 +41,7 @@ def add_values(policy: Any, disable_dropout: bool, folder: Path | None = None) -
         if is_peft_model(policy):
             load_role(policy, folder, VALUE, trainable=True)
         load_head(policy, VALUE, folder)
-    elif is_peft_model(policy) and VALUE not in policy.peft_config:
+    elif is_peft_model(policy):
         judged = _REWARD in policy.peft_config and _REWARD in heads_of(policy)
         copy_adapter(policy, _REWARD if judged else POLICY, VALUE, trainable=True)
     if folder is None:
@@ -83,7 +83,7 @@ def values_of(
         batch_size: rows of a forward at most; None takes all.
         model: what is called, with the values, unwrapped from DDP.
     """
-    policy = _with_adapters(model)
+    policy = unwrapped(model)
     in_role: AbstractContextManager[Any] = role(policy, VALUE) if is_peft_model(policy) else nullcontext()
     with in_role, pinned_forward(model):
         return _values(trainer, heads_of(policy)[VALUE], ids, mask, width, rows, batch_size or len(rows), model)
@@ -112,10 +112,3 @@ def _values(
             return shared
     batches = forwards(family_of(trainer.model.config), rows, most)
     return plain_values(plain_model(model), head, ids, mask, width, rows, batches, autocast)
-
-
-def _with_adapters(model: Any) -> Any:
-    """PEFT's model, or the plain one, within wrappers."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model

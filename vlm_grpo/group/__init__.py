@@ -2,7 +2,7 @@
 
 from .report import SharingReport
 from .rollout import unique, up_to_end
-from .sharing import GroupSharing, plain_model
+from .sharing import GroupSharing, plain_model, unwrapped
 from .units import advice, from_units, to_units, unit_of
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "to_units",
     "unique",
     "unit_of",
+    "unwrapped",
     "up_to_end",
 ]

@@ -354,9 +354,15 @@ def _trained(features: Features, prompts: list[EncodedPrompt]) -> int:
 
 def plain_model(model: Any) -> Any:
     """The model without the wrappers of accelerate, DDP and PEFT; adapters are inside of it."""
+    own = unwrapped(model)
+    return own.get_base_model() if is_peft_model(own) else own
+
+
+def unwrapped(model: Any) -> Any:
+    """The model without the wrappers of accelerate and DDP: PEFT's, or the plain one."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
-    return model.get_base_model() if is_peft_model(model) else model
+    return model
 
 
 def groups_of(encodings: list[EncodedPrompt]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encode import EncodedPrompt
-from ..group import GroupSharing, plain_model
+from ..group import GroupSharing, plain_model, unwrapped
 from ..models.adapters import role as in_role
 from ..models.families import family_of, placeholder_ids
 from ..models.modes import pinned_forward
@@ -58,7 +58,7 @@ class Scores:
         completions, mask, last = _padded(suffixes, device)
 
         def work(own: Any) -> Tensor:
-            with in_role(_with_adapters(own), self.role) if self.role else nullcontext(), pinned_forward(own):
+            with in_role(unwrapped(own), self.role) if self.role else nullcontext(), pinned_forward(own):
                 return self._values(own, completions, mask, encodings)
 
         return as_one_forward(self.model, work).gather(1, last[:, None])[:, 0]
@@ -100,10 +100,3 @@ def _whole(encodings: list[EncodedPrompt], completions: Tensor, mask: Tensor) ->
     real = [[0] * n + [1] * (length - n) for n in short]
     ids = torch.cat([torch.tensor(prompts, device=completions.device), completions], 1)
     return ids, torch.cat([torch.tensor(real, device=completions.device), mask], 1)
-
-
-def _with_adapters(model: Any) -> Any:
-    """PEFT's model within wrappers."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
