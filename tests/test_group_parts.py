@@ -28,8 +28,9 @@ from vlm_grpo.group.idle import zero_gradients
 from vlm_grpo.group.layout import Layout, Packed
 from vlm_grpo.group.reasons import Unshareable, reason_against
 from vlm_grpo.group.rollout import generate, generation_reason, positions
-from vlm_grpo.group.sharing import groups_of, plain_model
+from vlm_grpo.group.sharing import groups_of
 from vlm_grpo.models.families import family_of, placeholder_ids
+from vlm_grpo.models.wrappers import plain_model
 from vlm_grpo.patches.transformers import answered_by
 from vlm_grpo.patches.trl import LOG_PROBS, add_fused_head
 

@@ -36,7 +36,7 @@ class Watched(VLMPPOTrainer):
     def _add_advantages(self, batch: dict[str, Any]) -> None:
         before = dict(batch)
         super()._add_advantages(batch)
-        self.rollouts.append({**before, **batch, "scores": self._scores})
+        self.rollouts.append({**before, **batch})
 
     def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
         self.updates.append((inputs, self._logps, self._beside[0].detach()))
@@ -44,7 +44,7 @@ class Watched(VLMPPOTrainer):
 
 
 def trainer_of(model: Any, processor: Any, path: Any, reward: Any = by_letters, case: str = "image counts", **options):
-    kinds = options.pop("kinds", ("image",))
+    kinds, kind = options.pop("kinds", ("image",)), options.pop("kind", Watched)
     data = options.pop("data", None) or Dataset.from_list(tiny.rows(case, kinds))
     given = {
         "output_dir": str(path),
@@ -63,7 +63,7 @@ def trainer_of(model: Any, processor: Any, path: Any, reward: Any = by_letters, 
     }
     values = options.pop("values", None)
     args = VLMPPOConfig(**{**given, **options})
-    return Watched(model, reward, args, data, processing_class=processor, values=values)
+    return kind(model, reward, args, data, processing_class=processor, values=values)
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +354,42 @@ def test_ten_steps_move_policy_and_values_alone(tmp_path, options):
     assert logged(trainer, "values")[-1] != 0
 
 
+class Ahead(Watched):
+    """Computes what the model says of a rollout as soon as it is drawn, whatever its size."""
+
+    def _defers(self) -> bool:
+        return False
+
+
+def test_a_rollout_of_one_micro_batch_needs_no_pass_of_its_own(base, tmp_path):
+    # covers L5: the first update says what a pass ahead of it says
+    found = {}
+    for kind in (Watched, Ahead):
+        model, processor = judges.policy(base)
+        torch.manual_seed(0)
+        options = {"num_generations": 2, "per_device_train_batch_size": 8, "steps_per_generation": 1, "max_steps": 6}
+        trainer = trainer_of(model, processor, tmp_path, kind=kind, **options)
+        torch.nn.init.normal_(heads_of(model)["value"].weight)
+        trainer.train()
+        found[kind] = trainer
+    own, ahead = found.values()
+    for name in ("values", "returns", "advantages", "explained_variance", "kl", "score", "clipfrac", "approx_kl"):
+        assert logged(own, name) == pytest.approx(logged(ahead, name), rel=1e-4, abs=1e-6), name
+    assert len(logged(own, "values")) == 3 and len(logged(own, "approx_kl")) == 6
+    assert logged(own, "approx_kl")[0] == 0 != logged(own, "approx_kl")[1], "the second time against the first"
+    after = ahead.model.state_dict()
+    for name, value in own.model.state_dict().items():
+        torch.testing.assert_close(value, after[name], rtol=1e-3, atol=1e-5, msg=name)
+    # TRL shuffles a rollout, and its samples stand in the order in which they were drawn
+    for trainer in found.values():
+        logs = trainer._logs
+        assert len(logs["extra"]["score"]) == 8 and len(set(logs["extra"]["score"])) > 2
+        assert list(logs["extra"]["score"]) == list(logs["rewards"]["by_letters"])
+    for name in ("value", "kl"):
+        assert list(own._logs["extra"][name]) == pytest.approx(list(ahead._logs["extra"][name]), abs=1e-4), name
+    assert list(own._logs["advantages"]) == pytest.approx(list(ahead._logs["advantages"]), abs=1e-3)
+
+
 @pytest.mark.slow
 def test_shared_prompts_change_neither_values_nor_scores_nor_losses(base, tmp_path):
     # covers L5, hold 4
@@ -426,9 +462,11 @@ def test_the_kl_coefficient_adapts_by_the_rollout(base, tmp_path):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_a_continued_run_is_the_same_run(base, tmp_path):
-    # covers L10, A10: stopped in the middle of a rollout's epochs
-    options = {"max_steps": 9, "kl_target": 0.01, "kl_horizon": 10, "normalize_scores": True, "save_strategy": "steps"}
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_continued_run_is_the_same_run(base, tmp_path, parts):
+    # covers L10, A10: stopped in the middle of a rollout's epochs, of one micro-batch and of two
+    options = {"per_device_train_batch_size": 4 // parts, "steps_per_generation": parts, "num_iterations": 4 // parts}
+    options |= {"max_steps": 9, "kl_target": 0.01, "kl_horizon": 10, "normalize_scores": True, "save_strategy": "steps"}
     whole = trainer_of(*judges.policy(base), tmp_path / "whole", **options, save_steps=6)
     whole.train()
     assert (tmp_path / "whole" / "checkpoint-6" / "value" / "head.safetensors").is_file()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
@@ -18,6 +17,7 @@ from trl.trainer.utils import RepeatSampler
 from .errors import CheckpointError
 from .models.heads import HEADS, heads_of, load_head, save_heads
 from .models.restoring import own_folder, restore_adapters, roles_to_save
+from .models.wrappers import is_peft_model
 from .patches.transformers import answered_by, own_trainer
 from .patches.unsloth_modes import at_step_boundary
 

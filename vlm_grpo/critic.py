@@ -5,16 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
 from .encode import EncodedPrompt
-from .group import plain_model, unwrapped
 from .models.adapters import POLICY, adapter_parameters, copy_adapter, load_role, remember_roles, role
 from .models.families import family_of
 from .models.heads import HEAD_FILE, add_head, heads_of, load_head
 from .models.modes import pinned_forward
+from .models.wrappers import is_peft_model, plain_model, unwrapped
 from .scoring import forwards
 from .scoring import values as plain_values
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from .advantages import (
@@ -26,8 +25,10 @@ from .advantages import (
 )
 from .critic import VALUE, add_values, value_parameters, values_of
 from .errors import ConfigError, UnsupportedError
+from .group import to_units
 from .losses import value_loss
 from .models.modes import without_checkpointing
+from .models.wrappers import is_peft_model
 from .ppo_config import VLMPPOConfig
 from .rates import split_groups
 from .scoring import as_one_forward
@@ -77,7 +78,8 @@ class VLMPPOTrainer(VLMGRPOTrainer):
             )
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self._moments = RunningMoments()
-        self._updates, self._columns = False, set[str]()
+        self._update: dict[str, Any] | None = None  # the micro-batch whose loss is computed
+        self._columns = set[str]()
         with _reference_of(args):
             super().__init__(model, reward_funcs, args, *others, **named)
         self.beta = 0.0
@@ -113,7 +115,11 @@ class VLMPPOTrainer(VLMGRPOTrainer):
     # ---- rollout ------------------------------------------------------------------------------------------------
 
     def _needs_old(self) -> bool:
-        return True  # the KL is theirs, whatever the updates need
+        return not self._defers()  # the KL is theirs, whatever the updates need
+
+    def _defers(self) -> bool:
+        """Whether a rollout is one micro-batch: its first update computes what the model as it drew it says."""
+        return self.model.training and self.args.steps_per_generation == 1
 
     def _needs_reference(self) -> bool:
         return self.kl_control.coef > 0
@@ -128,6 +134,10 @@ class VLMPPOTrainer(VLMGRPOTrainer):
 
     def _add_old_and_ref_logps(self, batch: dict[str, Any]) -> None:
         super()._add_old_and_ref_logps(batch)
+        batch["scores"] = self._shaped(batch)
+        if self._defers():
+            batch["place"] = torch.arange(len(batch["scores"]), device=batch["scores"].device)  # TRL shuffles
+            return
         with torch.no_grad(), without_checkpointing(self.model):
             batch["old_values"] = self._old_values(batch)
         self._add_advantages(batch)
@@ -150,7 +160,7 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         """Returns and advantages (B, T) of a rollout; the KL that it was drawn with adapts the coefficient."""
         args, control, mask = self.args, self.kl_control, batch["completion_mask"]
         old, reference = batch["old_per_token_logps"], batch.pop("ref_per_token_logps", None)
-        scores = self._shaped(batch).masked_fill(~mask.bool().any(1), torch.nan)  # what is masked whole has no part
+        scores = batch.pop("scores").masked_fill(~mask.bool().any(1), torch.nan)  # what is masked whole has no part
         known = ~scores.isnan()
         batch["scored"] = known.to(mask.dtype)
         mask = mask * batch["scored"][:, None]
@@ -164,10 +174,13 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, total=self._total)
         batch["advantages"] = advantages
-        figures = {"score": scores, "value": row_means(values, mask)}
+        figures = {"advantages": row_means(advantages, mask), "score": scores, "value": row_means(values, mask)}
         if reference is not None:
             figures["kl"] = (kl * mask).sum(1)
-        self._note_completions(advantages, figures, mask)
+        if "place" in batch:
+            order = batch.pop("place").argsort()
+            figures = {name: own[order] for name, own in figures.items()}
+        self._note_completions(figures)
 
     def _shaped(self, batch: dict[str, Any]) -> Tensor:
         """Scores (B,), less what a completion without an end loses; NaN where there is none."""
@@ -212,13 +225,13 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         if self.model.training:
             self.kl_control.update(mean_kl, int(count))
 
-    def _note_completions(self, advantages: Tensor, figures: dict[str, Tensor], mask: Tensor) -> None:
+    def _note_completions(self, figures: dict[str, Tensor]) -> None:
         """What samples.jsonl and TRL's table tell beside each completion: means over its tokens, and its KL.
 
         A column that a reward logs under the same name stays the reward's.
         """
         logged = self._logs["advantages"]
-        every = self.accelerator.gather(row_means(advantages, mask)).tolist()
+        every = self.accelerator.gather(figures.pop("advantages")).tolist()
         for _ in range(min(len(every), len(logged))):
             logged.pop()
         logged.extend(every)
@@ -240,19 +253,29 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         return [False] * len(inputs["encodings"])  # a value learns from a row that the policy does not
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._updates = True
+        self._update = inputs
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self._updates = False
+            self._update = None
 
     def _score_rows(self, *arguments: Any) -> tuple[Any, ...]:
         found = super()._score_rows(*arguments)
-        if not self._updates:
+        if self._update is None:
             return found
         self._logps = found[0].detach()
         ids, mask, width, rows, size, _, model = arguments
         return (*found, self._values(ids, mask, width, rows, size, model))
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        logps, batch = found[0], self._update
+        if logps is not None and batch is not None and "old_values" not in batch:  # TRL reads on in this very batch
+            batch |= {"old_per_token_logps": logps.detach(), "old_values": self._beside[0].detach()}
+            self._add_advantages(batch)
+            kept = {name: value for name, value in batch.items() if name != "num_images"}
+            self._buffered_inputs = [to_units(kept, self._unit)]
+        return found
 
     def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
         (values,), self._beside = self._beside, []  # what keeps a graph keeps its memory

@@ -4,11 +4,11 @@ import logging
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import AutoConfig, PretrainedConfig
 
 from .errors import ConfigError
 from .models.families import family_of
+from .models.wrappers import is_peft_model
 
 _LOG = logging.getLogger("vlm_grpo")
 

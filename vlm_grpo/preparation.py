@@ -4,7 +4,6 @@ import copy
 import logging
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -17,6 +16,7 @@ from .flow import FlowCheck
 from .group import GroupSharing, SharingReport, advice, unit_of
 from .models.families import family_of, placeholder_ids, tower_of
 from .models.parts import finish_reference_copies
+from .models.wrappers import is_peft_model
 from .numbers import NumbersCheck
 from .patches.trl import add_fused_head
 from .precision import float32_adapters

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -32,6 +32,7 @@ from .models import REWARD_MODEL
 from .models.adapters import base_of
 from .models.families import placeholder_ids
 from .models.heads import HEADS, add_head, heads_of
+from .models.wrappers import is_peft_model
 from .quantized import is_quantized
 from .supervised import SupervisedConfig, SupervisedTrainer
 

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
-
 from .callbacks import (
     CurvesCallback,
     MetricsCallback,
@@ -40,6 +38,7 @@ from .folder import (
 from .gathering import gather_rows, size_of
 from .held_out import HeldOut, run_yardstick
 from .models import check_trainable, is_adapter, load_model, refuse_reward_model
+from .models.wrappers import is_peft_model
 from .notes import kept_warnings
 from .pairwise import HeldOutPairs
 from .ppo import VLMPPOTrainer

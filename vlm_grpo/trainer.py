@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -28,6 +28,7 @@ from .group import from_units, to_units, unique, up_to_end
 from .models.adapters import check_policy_adapter, kept_flags, role
 from .models.families import family_of, together
 from .models.modes import inference_mode, restored, without_checkpointing
+from .models.wrappers import is_peft_model
 from .numbers import FiniteNumbers
 from .patches.transformers import quiet_layerdrop
 from .patches.trl import LOG_PROBS, own_grpo_trainer
@@ -311,9 +312,8 @@ class VLMGRPOTrainer(_TRLTrainer, FiniteNumbers, PartRates, ExactCheckpoints):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         # TRL hands this entry on to the method below untouched: the one way through its fixed list of arguments.
-        loss = super()._compute_loss(
-            model, {**inputs, "num_images": Encodings(inputs["encodings"], self._idle(inputs))}
-        )
+        inputs["num_images"] = Encodings(inputs["encodings"], self._idle(inputs))
+        loss = super()._compute_loss(model, inputs)
         return self.numbers.note(self._whole_loss(loss, inputs), inputs)
 
     def _whole_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from .report import SharingReport
 from .rollout import unique, up_to_end
-from .sharing import GroupSharing, plain_model, unwrapped
+from .sharing import GroupSharing
 from .units import advice, from_units, to_units, unit_of
 
 __all__ = [
@@ -10,10 +10,8 @@ __all__ = [
     "SharingReport",
     "advice",
     "from_units",
-    "plain_model",
     "to_units",
     "unique",
     "unit_of",
-    "unwrapped",
     "up_to_end",
 ]

@@ -44,10 +44,24 @@ class Features:
         self._calls: dict[str, int] = {}
         self._busy = False
         self._places: dict[str, tuple[str, str | None]] = {}  # by parameter, its tower and adapter
+        self._settled: tuple[str, ...] | None = None
 
     def frozen(self) -> tuple[str, ...]:
         """The encoders whose towers are the base's as they are: not trained, and without an adapter or copy that is
         active now. A reward model's, or the policy's, does not count while another role computes."""
+        return self._frozen() if self._settled is None else self._settled
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it, forwards of one role: what is frozen is looked up once, which looks at every parameter."""
+        before = self._settled
+        self._settled = self.frozen()
+        try:
+            yield
+        finally:
+            self._settled = before
+
+    def _frozen(self) -> tuple[str, ...]:
         towers: dict[str, bool] = {}
         active = active_adapters(self.model)
         for name, parameter in self.model.named_parameters():
@@ -68,7 +82,7 @@ class Features:
 
     def kept(self, encodings: list[EncodedPrompt]) -> list[bool]:
         """Of each prompt, whether any medium is encoded by a frozen tower."""
-        senses = {"audio" if "audio" in path else "vision" for path in self.frozen()}  # looks at every parameter
+        senses = {"audio" if "audio" in path else "vision" for path in self.frozen()}
         return [not senses.isdisjoint(encoded.senses) for encoded in encodings]
 
     @contextmanager

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..encode import EncodedPrompt
 from ..errors import SharingError
 from ..models.families import Family, together
+from ..models.wrappers import plain_model
 from ..patches.unsloth_modes import own_generate
 from .attention import install, is_installed, uninstall
 from .comparing import compare, gap
@@ -151,24 +151,25 @@ class GroupSharing:
         logps = torch.zeros(completions.shape, device=completions.device)
         entropies = torch.zeros_like(logps)
         skipped: list[EncodedPrompt] = []
-        for groups in self._forwards(own, encodings, idle, batch_size):
-            index = torch.tensor(groups, device=completions.device)  # (n, G)
-            prompts = [encodings[rows[0]] for rows in groups]
-            skip = torch.is_grad_enabled() and all(idle[row] for row in groups[0])
-            before = features.encodes
-            try:
-                scorer.encode(prompts, completions.device)
-                with without_gradient(completions.device) if skip else nullcontext():
-                    out, entropy = scorer.groups(prompts, completions[index], mask[index], prompt_width)
-                self._check("log-probabilities", own, prompts, out, groups, mask[index], plain)
-            except Unshareable as error:
-                self.refuse(str(error))
-                return None
-            self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
-            skipped += prompts if skip else []
-            logps = logps.index_copy(0, index.flatten(), out.flatten(0, 1).to(logps.dtype))
-            if entropy is not None:
-                entropies = entropies.index_copy(0, index.flatten(), entropy.flatten(0, 1).to(logps.dtype))
+        with features.settled():
+            for groups in self._forwards(own, encodings, idle, batch_size):
+                index = torch.tensor(groups, device=completions.device)  # (n, G)
+                prompts = [encodings[rows[0]] for rows in groups]
+                skip = torch.is_grad_enabled() and all(idle[row] for row in groups[0])
+                before = features.encodes
+                try:
+                    scorer.encode(prompts, completions.device)
+                    with without_gradient(completions.device) if skip else nullcontext():
+                        out, entropy = scorer.groups(prompts, completions[index], mask[index], prompt_width)
+                    self._check("log-probabilities", own, prompts, out, groups, mask[index], plain)
+                except Unshareable as error:
+                    self.refuse(str(error))
+                    return None
+                self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
+                skipped += prompts if skip else []
+                logps = logps.index_copy(0, index.flatten(), out.flatten(0, 1).to(logps.dtype))
+                if entropy is not None:
+                    entropies = entropies.index_copy(0, index.flatten(), entropy.flatten(0, 1).to(logps.dtype))
         if skipped:
             logps = logps + zero_gradients(own, self.family, skipped, self.moved.names or None)
         return logps, entropies
@@ -193,19 +194,20 @@ class GroupSharing:
         features = self._features[id(own)]
         scorer = Scorer(model, own, features, self.autocast, self.fused)
         values = torch.zeros(completions.shape, device=completions.device)
-        for groups in self._forwards(own, encodings, [False] * len(encodings), batch_size):
-            index = torch.tensor(groups, device=completions.device)  # (n, G)
-            prompts = [encodings[rows[0]] for rows in groups]
-            before = features.encodes
-            try:
-                scorer.encode(prompts, completions.device)
-                out = scorer.values(prompts, completions[index], mask[index], head)
-                self._check("values", own, prompts, out, groups, mask[index], plain)
-            except Unshareable as error:
-                self.refuse(str(error))
-                return None
-            self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
-            values = values.index_copy(0, index.flatten(), out.flatten(0, 1))
+        with features.settled():
+            for groups in self._forwards(own, encodings, [False] * len(encodings), batch_size):
+                index = torch.tensor(groups, device=completions.device)  # (n, G)
+                prompts = [encodings[rows[0]] for rows in groups]
+                before = features.encodes
+                try:
+                    scorer.encode(prompts, completions.device)
+                    out = scorer.values(prompts, completions[index], mask[index], head)
+                    self._check("values", own, prompts, out, groups, mask[index], plain)
+                except Unshareable as error:
+                    self.refuse(str(error))
+                    return None
+                self._count(prompts, len(groups[0]), features.encodes - before + _trained(features, prompts))
+                values = values.index_copy(0, index.flatten(), out.flatten(0, 1))
         return values
 
     def _forwards(
@@ -248,7 +250,7 @@ class GroupSharing:
             with without_gradient(found.device):
                 expected = plain(model, [rows[place] for place in few])
             if what == "values" and not bool(expected.any()):
-                continue  # a head of zeros shows nothing
+                return  # a head of zeros shows nothing, of whatever prompt
             own = found[number].detach()[few]
             if not bool(expected.isfinite().all()) and not bool(own.isfinite().all()):
                 continue  # numbers that explode with sharing and without: no difference, and the run's own matter
@@ -350,19 +352,6 @@ class GroupSharing:
 def _trained(features: Features, prompts: list[EncodedPrompt]) -> int:
     """The prompts whose media a trained tower encodes, each time anew."""
     return sum(not kept for kept in features.kept([encoded for encoded in prompts if encoded.media]))
-
-
-def plain_model(model: Any) -> Any:
-    """The model without the wrappers of accelerate, DDP and PEFT; adapters are inside of it."""
-    own = unwrapped(model)
-    return own.get_base_model() if is_peft_model(own) else own
-
-
-def unwrapped(model: Any) -> Any:
-    """The model without the wrappers of accelerate and DDP: PEFT's, or the plain one."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
 
 
 def groups_of(encodings: list[EncodedPrompt]) -> list[list[int]]:

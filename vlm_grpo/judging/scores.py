@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..encode import EncodedPrompt
-from ..group import GroupSharing, plain_model, unwrapped
+from ..group import GroupSharing
 from ..models.adapters import role as in_role
 from ..models.families import family_of, placeholder_ids
 from ..models.modes import pinned_forward
+from ..models.wrappers import plain_model, unwrapped
 from ..scoring import as_one_forward, forwards
 from ..scoring import values as plain_values
 

@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
@@ -27,6 +26,7 @@ from ..randomness import same_random_states
 from . import is_adapter, looks_like_path
 from .dtypes import floating_dtype, keep_float32
 from .heads import heads_of
+from .wrappers import is_peft_model
 
 POLICY = "default"
 # By model, its frozen adapters that lie in a run folder of their own.

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
-
 from ..patches.unsloth_modes import MODULE_FLAGS, infer, pinned, same_environment, tokenizers_of
+from .wrappers import plain_model
 
 _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", *MODULE_FLAGS)
 _ABSENT: Any = object()
@@ -35,7 +34,7 @@ def pinned_forward(model: Any) -> AbstractContextManager[None]:
     Raises:
         UnsupportedError: from a forward whose logits are not over the vocabulary.
     """
-    return pinned(_plain(model))
+    return pinned(plain_model(model))
 
 
 @contextmanager
@@ -98,10 +97,3 @@ def _configs(model: Any) -> list[Any]:
             inner = [vars(config).get(name) for name in getattr(config, "sub_configs", {})]
             waiting += [part for part in inner if hasattr(part, "to_dict")]
     return list(found.values())
-
-
-def _plain(model: Any) -> Any:
-    """The model without wrappers; adapters are inside of it."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
