@@ -34,7 +34,7 @@ from vlm_grpo.evaluate.controls import shuffle_plan, without_media
 from vlm_grpo.evaluate.figures import read_verdicts, write_rows
 from vlm_grpo.evaluate.page import page
 from vlm_grpo.evaluate.statistics import ks
-from vlm_grpo.rewards import Failed
+from vlm_grpo.rewards import Failed, load_rewards
 
 
 def answered(row: int, correct: bool | None, completion: str = "", truth=None, **more) -> Answered:
@@ -176,6 +176,27 @@ def test_right_means_one_before_a_reward_is_scaled(options, right, wrong):
     assert (yard.is_right(right), yard.is_right(wrong)) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("spec", "right", "wrong"),
+    [
+        # PPO's transcripts earn up to 9: a near miss earned 1.5, and counted as right
+        ({"name": "asr", "kwargs": {"variant": "ppo"}}, ("five", "five"), ("five", "nine")),
+        ({"name": "asr"}, ("five", "five"), ("fivee", "five")),
+        ({"name": "asr", "kwargs": {"token": 0.0, "exact": 0.2}}, ("five", "five"), ("fivee", "five")),
+        ({"name": "caption_type", "kwargs": {"score": 1}}, ("No, it is red.", 6), ("Yes.", 6)),
+        ({"name": "caption_type"}, ("B. red", 3), ("C. blue", 3)),
+    ],
+)
+def test_rewards_on_other_scales_say_from_where_an_answer_is_right(spec, right, wrong):
+    # covers A8, L7
+    spec = RewardSpec(**spec)
+    functions, _ = load_rewards([spec])
+    yard = yardstick_of([spec], functions)
+    said, truths = zip(right, wrong, strict=True)
+    values = functions[0](completions=list(said), answer=list(truths), caption_type=list(truths))
+    assert [yard.is_right(value) for value in values] == [True, False]
+
+
 def test_the_first_reward_that_can_tell_says_what_is_right():
     specs = [RewardSpec(name="format", scale=-1), RewardSpec(name="accuracy", kwargs={"column": "label"})]
     assert yardstick_of(specs).judge == "accuracy" and yardstick_of(specs).truth == "label"
@@ -304,6 +325,7 @@ def test_the_page_shows_every_state_and_says_what_it_means():
 def test_what_is_right_is_not_said_by_the_form_of_an_answer():
     """Presets and people name the format first; a wrong answer in good form is no right one."""
     specs = [RewardSpec(name=name, kwargs=more) for name, more in (("format", {}), ("length", {"max_length": 9}))]
+    specs.append(RewardSpec(name="length_bonus"))
     assert yardstick_of([*specs, RewardSpec(name="actions")]).judge == "actions"
     assert yardstick_of(specs).judge == "format", "there is nothing else"
     assert yardstick_of([*specs, RewardSpec(name="accuracy")], correct="format").judge == "format"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import judges
@@ -15,7 +16,8 @@ from vlm_grpo import VLMGRPOConfig, VLMGRPOTrainer, VLMPPOConfig, VLMPPOTrainer,
 from vlm_grpo.collate import collate
 from vlm_grpo.config import LoraOptions
 from vlm_grpo.critic import saved_values
-from vlm_grpo.errors import ConfigError, UnsupportedError
+from vlm_grpo.errors import ConfigError, GradientError, UnsupportedError
+from vlm_grpo.models.adapters import adapter_parameters
 from vlm_grpo.models.heads import heads_of
 from vlm_grpo.rewards.judge import JudgeReward
 
@@ -457,6 +459,19 @@ def test_the_kl_coefficient_adapts_by_the_rollout(base, tmp_path):
     first, second = logged(trainer, "kl_coef")
     # 4 completions of a horizon of 40, and a KL of 0 is far below the target: 0.2 * (1 - 0.2 * 4 / 40)
     assert (first, second) == pytest.approx((0.2, 0.2 * 0.98))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_values_whose_adapter_receives_no_gradient_stop_the_run(base, tmp_path, cut):
+    # covers L8: a head of zeros hands nothing on, so that step 1 shows nothing of its adapter
+    model, processor = judges.policy(base)
+    trainer = trainer_of(model, processor, tmp_path)
+    for parameter in adapter_parameters(trainer.model, "value") if cut else []:
+        parameter.register_hook(torch.zeros_like)
+    stopped = pytest.raises(GradientError, match="of the adapter value received a gradient on step 2, though its head")
+    with stopped if cut else nullcontext():
+        trainer.train()
+    assert trainer.state.global_step == (1 if cut else 4)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

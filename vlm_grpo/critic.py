@@ -1,14 +1,16 @@
 """Values: an adapter and a head beside the policy's on one base, and what they make of a rollout's tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
 from .encode import EncodedPrompt
+from .errors import GradientError
 from .models.adapters import POLICY, adapter_parameters, copy_adapter, load_role, remember_roles, role
 from .models.families import family_of
 from .models.heads import HEAD_FILE, add_head, heads_of, load_head
@@ -67,6 +69,34 @@ def value_parameters(policy: Any) -> list[nn.Parameter]:
     """The weights of the values: head and adapter."""
     own = adapter_parameters(policy, VALUE) if is_peft_model(policy) else []
     return [*own, *heads_of(policy)[VALUE].parameters()]
+
+
+class ValueCheck(TrainerCallback):
+    """Stops a run whose values' adapter receives no gradient. A head of zeros hands none on: it waits for the first
+    step on which the head is none and learns."""
+
+    def __init__(self) -> None:
+        self.pending = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.pending:
+            return
+        policy = unwrapped(model)
+        head, own = heads_of(policy)[VALUE], adapter_parameters(policy, VALUE)
+        if not any(bool(weight.any()) for weight in head.parameters()) or not _receives(head.parameters()):
+            return
+        if not _receives(own):
+            raise GradientError(
+                f"None of the {len(own)} weights of the adapter {VALUE} received a gradient on step "
+                f"{state.global_step + 1}, though its head did. The graph is cut before it: with gradient "
+                'checkpointing use gradient_checkpointing_kwargs={"use_reentrant": False}, or set vf_coef=0 to train '
+                "without values."
+            )
+        self.pending = False
+
+
+def _receives(weights: Iterable[nn.Parameter]) -> bool:
+    return any(weight.grad is not None and bool(weight.grad.any()) for weight in weights)
 
 
 def values_of(

@@ -23,7 +23,7 @@ from .advantages import (
     token_rewards,
     whiten,
 )
-from .critic import VALUE, add_values, value_parameters, values_of
+from .critic import VALUE, ValueCheck, add_values, value_parameters, values_of
 from .errors import ConfigError, UnsupportedError
 from .group import to_units
 from .losses import value_loss
@@ -103,6 +103,8 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         own, tower_of = {id(parameter) for parameter in value_parameters(policy)}, check.tower_of
         names = {name for name, parameter in policy.named_parameters() if id(parameter) in own}
         check.tower_of = lambda name: VALUE if name in names else tower_of(name)
+        if check.pending and is_peft_model(policy):
+            self.add_callback(ValueCheck())
 
     def create_optimizer(self, model: Any = None) -> Any:
         new, rate = self.optimizer is None, self.args.value_learning_rate

@@ -39,7 +39,9 @@ def evaluate(
     ] = None,
     correct: Annotated[
         str | None,
-        typer.Option("--correct", help="The reward that says what is right: 1 or more. Default: the first on content."),
+        typer.Option(
+            "--correct", help="The reward that says what is right, by its full marks. Default: the first on content."
+        ),
     ] = None,
     by: Annotated[list[str] | None, typer.Option("--by", help="A column to break accuracy down by. Repeatable.")] = (
         None

@@ -25,7 +25,13 @@ Value = float | Failed | None
 Reward = Callable[..., Any]
 Waiter = Callable[[list[Any]], list[Any]]
 
-_OF_FORM = ("format", "length", "overlong", "repetition")  # a wrong answer satisfies these as well as a right one
+_OF_FORM = (
+    "format",
+    "length",
+    "length_bonus",
+    "overlong",
+    "repetition",
+)  # a wrong answer satisfies these as well as a right one
 _OF_DEGREE = "model"  # a reward model's score has no value from which an answer is right
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
@@ -79,7 +85,8 @@ def yardstick_of(
 ) -> Yardstick:
     """The yardstick of a run's rewards.
 
-    An answer is right where one of the rewards returns 1 or more before it is scaled and clipped.
+    An answer is right where one of the rewards returns 1 or more before it is scaled and clipped, or as much as the
+    reward's attribute ``right_at`` says: a number, or a function of its keyword arguments.
 
     Args:
         specs: the rewards.
@@ -98,7 +105,8 @@ def yardstick_of(
         {name: spec.weight for name, spec in zip(names, specs, strict=True)},
         correct or "",
     )
-    able = {name: spec for name, spec in zip(names, specs, strict=True) if _tells_right(spec)}
+    full = dict(zip(names, map(_full_marks, specs, functions), strict=True))
+    able = {name: spec for name, spec in zip(names, specs, strict=True) if _tells_right(spec, full[name])}
     if not able or (correct and correct not in able):
         which = f'The reward "{correct}" cannot' if correct else f"No reward ({', '.join(names)}) can"
         raise ConfigError(
@@ -113,20 +121,21 @@ def yardstick_of(
             'Accuracy is the share of answers that "%s" scores %g or more, which says little: a reward model gives no '
             "verdict. Measure one that does beside it, without weight: accuracy=0.",
             judge,
-            _full_marks(spec),
+            full[judge],
         )
-    right_at = min(_full_marks(spec), spec.clip[1] if spec.clip else math.inf)
+    right_at = min(full[judge], spec.clip[1] if spec.clip else math.inf)
     truth = spec.columns.get("answer", spec.kwargs.get("column", "answer"))
     return replace(found, correct=judge, right_at=right_at, truth=truth)
 
 
-def _full_marks(spec: RewardSpec) -> float:
-    """What a reward of 1 becomes by its scale and shift."""
-    return spec.scale + spec.shift
+def _full_marks(spec: RewardSpec, function: Reward) -> float:
+    """What a right answer earns at least, by the reward's scale and shift."""
+    least = getattr(inspect.unwrap(function), "right_at", 1.0)
+    return (least(**spec.kwargs) if callable(least) else least) * spec.scale + spec.shift
 
 
-def _tells_right(spec: RewardSpec) -> bool:
-    return spec.scale > 0 and (spec.clip is None or _full_marks(spec) > spec.clip[0])
+def _tells_right(spec: RewardSpec, full: float) -> bool:
+    return spec.scale > 0 and (spec.clip is None or full > spec.clip[0])
 
 
 def learned_yardstick(column: str) -> Yardstick:

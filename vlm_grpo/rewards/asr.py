@@ -16,6 +16,7 @@ from .words import Normalization, prepared, split_words
 logger = logging.getLogger(__name__)
 
 _LANGUAGE_COLUMNS = ("language_id", "language")
+_ROUNDING = 1e-6
 _NORMALIZATIONS = ("basic", "strict")
 # Of A8's two rewards: word, char and token weight, what an exact transcript adds, an empty one gets, a far too short
 # or long one loses.
@@ -91,6 +92,12 @@ class Asr:
             )
         if self.tokenizer is not None:
             self.tokenizer = _tokenizer(self.tokenizer)
+
+    @property
+    def right_at(self) -> float:
+        """What an exact transcript earns, less rounding."""
+        weights = self._weights
+        return weights["word"] + weights["char"] + weights["token"] + weights["exact"] - _ROUNDING
 
     def use_run(self, *, processor: Any = None, **_: Any) -> None:
         """Take the run's tokenizer, unless one was given."""

@@ -60,3 +60,6 @@ def _correct(text: str, right: str | None) -> float:
     front = _FRONT.match(text)
     named = {match[1] for match in _CALLED.finditer(text)} | ({front[1]} if front else set())
     return float(named == {right})
+
+
+vars(caption_type)["right_at"] = lambda score=2.0, **options: score / 2  # where it measures: a right "no" earns half
