@@ -130,7 +130,7 @@ def yardstick_of(
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
     """What a right answer earns at least, by the reward's scale and shift."""
-    least = getattr(inspect.unwrap(function), "right_at", 1.0)
+    least: Any = getattr(inspect.unwrap(function), "right_at", 1.0)
     return (least(**spec.kwargs) if callable(least) else least) * spec.scale + spec.shift
 
 
