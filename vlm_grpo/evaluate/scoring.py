@@ -130,8 +130,9 @@ def yardstick_of(
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
     """What a right answer earns at least, by the reward's scale and shift."""
-    least: Any = getattr(inspect.unwrap(function), "right_at", 1.0)
-    return (least(**spec.kwargs) if callable(least) else least) * spec.scale + spec.shift
+    given: Any = getattr(inspect.unwrap(function), "right_at", 1.0)
+    least = float(given(**spec.kwargs) if callable(given) else given)
+    return least * spec.scale + spec.shift
 
 
 def _tells_right(spec: RewardSpec, full: float) -> bool:
