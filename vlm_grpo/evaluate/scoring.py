@@ -130,9 +130,8 @@ def yardstick_of(
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
     """What a right answer earns at least, by the reward's scale and shift."""
-    given: Any = getattr(inspect.unwrap(function), "right_at", 1.0)
-    least = float(given(**spec.kwargs) if callable(given) else given)
-    return least * spec.scale + spec.shift
+    least = getattr(inspect.unwrap(function), "right_at", 1.0)
+    return (least if isinstance(least, int | float) else least(**spec.kwargs)) * spec.scale + spec.shift
 
 
 def _tells_right(spec: RewardSpec, full: float) -> bool:
