@@ -25,13 +25,8 @@ Value = float | Failed | None
 Reward = Callable[..., Any]
 Waiter = Callable[[list[Any]], list[Any]]
 
-_OF_FORM = (
-    "format",
-    "length",
-    "length_bonus",
-    "overlong",
-    "repetition",
-)  # a wrong answer satisfies these as well as a right one
+# A wrong answer satisfies these as well as a right one.
+_OF_FORM = ("format", "length", "length_bonus", "overlong", "repetition")
 _OF_DEGREE = "model"  # a reward model's score has no value from which an answer is right
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
