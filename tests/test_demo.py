@@ -646,9 +646,11 @@ def test_the_reward_models_demo_for_real(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_ppos_demo_for_real(tmp_path: Path):
-    figures = demo.demo(algorithm="ppo", output=str(tmp_path))
-    assert figures["accuracy_after"] >= 0.9 and figures["ci95_before"][1] < figures["ci95_after"][0], figures
+@pytest.mark.parametrize(("modality", "bar"), [("image", 0.9), ("audio", 0.8)])
+def test_ppos_demo_for_real(modality: str, bar: float, tmp_path: Path):
+    figures = demo.demo(modality, algorithm="ppo", output=str(tmp_path))
+    assert figures["accuracy_after"] >= bar and figures["ci95_before"][1] < figures["ci95_after"][0], figures
+    assert abs(figures["accuracy_control"] - 0.1) < 0.06, figures
 
 
 @pytest.mark.slow

@@ -322,10 +322,13 @@ def test_the_page_shows_every_state_and_says_what_it_means():
     assert "Accuracy by kind" in text and "and 20 more values in evaluation.json" in text
 
 
-def test_what_is_right_is_not_said_by_the_form_of_an_answer():
+def test_what_is_right_is_not_said_by_the_form_of_an_answer(caplog):
     """Presets and people name the format first; a wrong answer in good form is no right one."""
     specs = [RewardSpec(name=name, kwargs=more) for name, more in (("format", {}), ("length", {"max_length": 9}))]
     specs.append(RewardSpec(name="length_bonus"))
+    assert yardstick_of([*specs, RewardSpec(name="caption_type")]).judge == "caption_type"
+    assert "nor to one whose answer is yes. Measure a reward that gives verdicts beside it" in caplog.text
+    assert yardstick_of([RewardSpec(name="caption_type"), RewardSpec(name="accuracy", weight=0)]).judge == "accuracy"
     assert yardstick_of([*specs, RewardSpec(name="actions")]).judge == "actions"
     assert yardstick_of(specs).judge == "format", "there is nothing else"
     assert yardstick_of([*specs, RewardSpec(name="accuracy")], correct="format").judge == "format"

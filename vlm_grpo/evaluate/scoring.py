@@ -27,7 +27,11 @@ Waiter = Callable[[list[Any]], list[Any]]
 
 # A wrong answer satisfies these as well as a right one.
 _OF_FORM = ("format", "length", "length_bonus", "overlong", "repetition")
-_OF_DEGREE = "model"  # a reward model's score has no value from which an answer is right
+# Of these no value tells right answers from wrong ones on every row, and why.
+_DOUBTS = {
+    "model": "a reward model gives no verdict",
+    "caption_type": "it gives nothing to a general question, nor to one whose answer is yes",
+}
 _TRLS_OWN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
 
 
@@ -108,19 +112,26 @@ def yardstick_of(
             f"{which} say which answers are right: by its scale and clip a wrong one earns as much. Name another "
             "one, or measure one more without weight: accuracy=0."
         )
-    later = (*_OF_FORM, _OF_DEGREE)
-    judge = correct or next((name for name, spec in able.items() if spec.name not in later), next(iter(able)))
+    judge = correct or min(able, key=lambda name: _last(able[name].name))
     spec = able[judge]
-    if spec.name == _OF_DEGREE:
+    if spec.name in _DOUBTS:
         _LOG.warning(
-            'Accuracy is the share of answers that "%s" scores %g or more, which says little: a reward model gives no '
-            "verdict. Measure one that does beside it, without weight: accuracy=0.",
+            'Accuracy is the share of answers that "%s" scores %g or more, which says little: %s. Measure a reward '
+            "that gives verdicts beside it, without weight: accuracy=0.",
             judge,
             full[judge],
+            _DOUBTS[spec.name],
         )
     right_at = min(full[judge], spec.clip[1] if spec.clip else math.inf)
     truth = spec.columns.get("answer", spec.kwargs.get("column", "answer"))
     return replace(found, correct=judge, right_at=right_at, truth=truth)
+
+
+def _last(name: str) -> int:
+    """The place of a built-in reward in the queue of those that might say what is right."""
+    if name in _OF_FORM or name == "model":
+        return 2
+    return 1 if name in _DOUBTS else 0
 
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
