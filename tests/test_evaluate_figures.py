@@ -197,6 +197,20 @@ def test_rewards_on_other_scales_say_from_where_an_answer_is_right(spec, right, 
     assert [yard.is_right(value) for value in values] == [True, False]
 
 
+def test_a_decorated_reward_says_itself_from_where_an_answer_is_right(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import functools\n"
+        "def timed(f):\n"
+        "    return functools.wraps(f)(lambda **c: f(**c))\n"
+        "@timed\n"
+        "def right(completions, **columns):\n"
+        "    return [9.0 for _ in completions]\n"
+        "right.right_at = 10\n"
+    )
+    yard = yardstick_of([RewardSpec(name=f"{tmp_path / 'mine.py'}:right", scale=2)])
+    assert [yard.is_right(value) for value in (18.0, 20.0)] == [False, True]
+
+
 def test_the_first_reward_that_can_tell_says_what_is_right():
     specs = [RewardSpec(name="format", scale=-1), RewardSpec(name="accuracy", kwargs={"column": "label"})]
     assert yardstick_of(specs).judge == "accuracy" and yardstick_of(specs).truth == "label"

@@ -30,7 +30,7 @@ from vlm_grpo.group.reasons import Unshareable, reason_against
 from vlm_grpo.group.rollout import generate, generation_reason, positions
 from vlm_grpo.group.sharing import groups_of
 from vlm_grpo.models.families import family_of, placeholder_ids
-from vlm_grpo.models.wrappers import plain_model
+from vlm_grpo.models.wrappers import is_peft_model, plain_model
 from vlm_grpo.patches.transformers import answered_by
 from vlm_grpo.patches.trl import LOG_PROBS, add_fused_head
 
@@ -604,6 +604,9 @@ def test_the_plain_model_is_below_all_wrappers():
     model, _ = tiny.build("qwen2_5_vl")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert plain_model(nn.DataParallel(adapted)) is model and plain_model(model) is model
+    assert is_peft_model(torch.compile(adapted)) and not is_peft_model(torch.compile(model))
+    compiled: Any = torch.compile(tiny.build("qwen2_5_vl")[0])
+    assert is_peft_model(get_peft_model(compiled, LoraConfig(target_modules=["q_proj"]))), "an attribute is handed on"
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["32 bits", "16 bits"])

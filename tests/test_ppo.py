@@ -474,6 +474,25 @@ def test_values_whose_adapter_receives_no_gradient_stop_the_run(base, tmp_path, 
     assert trainer.state.global_step == (1 if cut else 4)
 
 
+def test_values_that_only_hear_of_media_may_miss_a_step_without_any(base, tmp_path):
+    # covers L8: the head learns from every row, the adapter from those with pictures
+    seen = tiny.rows("image counts", ("image",))[:2]
+    text = [{"role": "user", "content": [{"type": "text", "text": "count"}]}]
+    rows = [*seen, *({"prompt": text, "images": []} for _ in range(2))]
+    trainer = trainer_of(
+        *judges.policy(base, vision=True, language=False),
+        tmp_path,
+        data=Dataset.from_list(rows),
+        steps_per_generation=1,
+        num_iterations=1,
+        max_steps=2,
+        shuffle_dataset=False,
+        kl_coef=0.0,
+    )
+    trainer.train()
+    assert heads_of(trainer.model)["value"].weight.any() and trainer.state.global_step == 2
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

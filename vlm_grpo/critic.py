@@ -73,18 +73,23 @@ def value_parameters(policy: Any) -> list[nn.Parameter]:
 
 class ValueCheck(TrainerCallback):
     """Stops a run whose values' adapter receives no gradient. A head of zeros hands none on: it waits for the first
-    step on which the head is none and learns."""
+    step on which the head is none and learns.
 
-    def __init__(self) -> None:
-        self.pending = True
+    Args:
+        names: the adapter's weights that every row reaches, whatever its media are.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.pending:
+        if not self.names or args.fp16:  # in which the first gradients may be too small for any number but 0
             return
         policy = unwrapped(model)
-        head, own = heads_of(policy)[VALUE], adapter_parameters(policy, VALUE)
+        head = heads_of(policy)[VALUE]
         if not any(bool(weight.any()) for weight in head.parameters()) or not _receives(head.parameters()):
             return
+        own = [weight for name, weight in policy.named_parameters() if name in self.names]
         if not _receives(own):
             raise GradientError(
                 f"None of the {len(own)} weights of the adapter {VALUE} received a gradient on step "
@@ -92,7 +97,7 @@ class ValueCheck(TrainerCallback):
                 'checkpointing use gradient_checkpointing_kwargs={"use_reentrant": False}, or set vf_coef=0 to train '
                 "without values."
             )
-        self.pending = False
+        self.names = set()
 
 
 def _receives(weights: Iterable[nn.Parameter]) -> bool:

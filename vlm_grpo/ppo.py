@@ -27,6 +27,7 @@ from .critic import VALUE, ValueCheck, add_values, value_parameters, values_of
 from .errors import ConfigError, UnsupportedError
 from .group import to_units
 from .losses import value_loss
+from .models.heads import HEADS
 from .models.modes import without_checkpointing
 from .models.wrappers import is_peft_model
 from .ppo_config import VLMPPOConfig
@@ -103,8 +104,11 @@ class VLMPPOTrainer(VLMGRPOTrainer):
         own, tower_of = {id(parameter) for parameter in value_parameters(policy)}, check.tower_of
         names = {name for name, parameter in policy.named_parameters() if id(parameter) in own}
         check.tower_of = lambda name: VALUE if name in names else tower_of(name)
-        if check.pending and is_peft_model(policy):
-            self.add_callback(ValueCheck())
+        if check.pending:
+            # A tower hears of its media alone; values read the hidden states in front of the vocabulary's head.
+            others = {HEADS, "lm_head"}
+            always = {name for name in names if tower_of(name) == "language" and others.isdisjoint(name.split("."))}
+            self.add_callback(ValueCheck(always))
 
     def create_optimizer(self, model: Any = None) -> Any:
         new, rate = self.optimizer is None, self.args.value_learning_rate

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 from ..config import RewardSpec
 from ..data import Sample
@@ -136,8 +136,9 @@ def _last(name: str) -> int:
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
     """What a right answer earns at least, by the reward's scale and shift."""
-    least = getattr(inspect.unwrap(function), "right_at", 1.0)
-    return (least if isinstance(least, int | float) else least(**spec.kwargs)) * spec.scale + spec.shift
+    named = inspect.unwrap(function, stop=lambda own: hasattr(own, "right_at"))  # a decorator of the user's may have it
+    least = getattr(named, "right_at", 1.0)
+    return float(least if isinstance(least, SupportsFloat) else least(**spec.kwargs)) * spec.scale + spec.shift
 
 
 def _tells_right(spec: RewardSpec, full: float) -> bool:

@@ -249,7 +249,7 @@ class GroupSharing:
             few = sorted({0, len(rows) - 1})  # the last sees the others, if any does
             with without_gradient(found.device):
                 expected = plain(model, [rows[place] for place in few])
-            if what == "values" and not bool(expected.any()):
+            if what == "values" and not bool(found.any()) and not bool(expected.any()):
                 return  # a head of zeros shows nothing, of whatever prompt
             own = found[number].detach()[few]
             if not bool(expected.isfinite().all()) and not bool(own.isfinite().all()):

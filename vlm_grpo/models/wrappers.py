@@ -19,7 +19,8 @@ def is_peft_model(model: Any) -> bool:
     if peft is None:  # then nobody has made one
         return False
     own = unwrapped(model)
-    return isinstance(getattr(own, "_orig_mod", own), peft.PeftModel)  # behind torch.compile
+    compiled = own._modules.get("_orig_mod") if isinstance(own, nn.Module) else None  # PEFT hands on attributes
+    return isinstance(own, peft.PeftModel) or isinstance(compiled, peft.PeftModel)
 
 
 def plain_model(model: Any) -> Any:
