@@ -277,7 +277,7 @@ class _Run:
             if self.command == "train":
                 cls: Any = VLMGRPOTrainer
                 if self.config.algorithm == "ppo":
-                    cls, media["values"] = VLMPPOTrainer, saved_values(self.config.model, bool(is_peft_model(model)))
+                    cls, media["values"] = VLMPPOTrainer, saved_values(self.config.model, is_peft_model(model))
                 trainer: Any = cls(model, self.rewards, self.args, self.data, evaluated, processor, **media)
             elif self.judging is not None:
                 media |= {"judge": self.judging.judge, "captions": self.judging.captions}

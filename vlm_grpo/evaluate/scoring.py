@@ -25,8 +25,11 @@ Value = float | Failed | None
 Reward = Callable[..., Any]
 Waiter = Callable[[list[Any]], list[Any]]
 
-# A wrong answer satisfies these as well as a right one.
-_OF_FORM = ("format", "length", "length_bonus", "overlong", "repetition")
+# Who says what is right only where no other reward can; a wrong answer satisfies those of form as well as a right one.
+_LATER = {
+    "caption_type": 1,
+    **dict.fromkeys(("model", "format", "length", "length_bonus", "overlong", "repetition"), 2),
+}
 # Of these no value tells right answers from wrong ones on every row, and why.
 _DOUBTS = {
     "model": "a reward model gives no verdict",
@@ -112,7 +115,7 @@ def yardstick_of(
             f"{which} say which answers are right: by its scale and clip a wrong one earns as much. Name another "
             "one, or measure one more without weight: accuracy=0."
         )
-    judge = correct or min(able, key=lambda name: _last(able[name].name))
+    judge = correct or min(able, key=lambda name: _LATER.get(able[name].name, 0))
     spec = able[judge]
     if spec.name in _DOUBTS:
         _LOG.warning(
@@ -125,13 +128,6 @@ def yardstick_of(
     right_at = min(full[judge], spec.clip[1] if spec.clip else math.inf)
     truth = spec.columns.get("answer", spec.kwargs.get("column", "answer"))
     return replace(found, correct=judge, right_at=right_at, truth=truth)
-
-
-def _last(name: str) -> int:
-    """The place of a built-in reward in the queue of those that might say what is right."""
-    if name in _OF_FORM or name == "model":
-        return 2
-    return 1 if name in _DOUBTS else 0
 
 
 def _full_marks(spec: RewardSpec, function: Reward) -> float:
